@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -91,7 +92,8 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDI
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
 VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
-MAX_BAD_STEPS = 30  # in a row; fp16 may skip some 16 at first while its loss scale comes down
+SAVE_SPACING = 110  # times as long between saves as the last one took: they cost under 1 %
+MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
 
 
 class Interrupted(Exception):
@@ -133,7 +135,7 @@ class CrammedBERT(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, s.width)
         self.position_scale = nn.Parameter(torch.empty(()))
-        self.register_buffer("positions", sinusoid(seq_len, s.width), persistent=False)
+        self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
         self.embed_norm = nn.LayerNorm(s.width, eps=1e-12)
         self.dropout = nn.Dropout(dropout)  # 0 in pretraining: no row is seen often enough
         self.blocks = nn.ModuleList(Block(s.width, s.heads, dropout) for _ in range(s.layers))
@@ -152,9 +154,9 @@ class CrammedBERT(nn.Module):
     def encode(self, ids, keep=None):
         """Hidden states (B, T, C) of ids (B, T); keep (B, T) is False where there is padding."""
         T = ids.shape[1]
-        if T > len(self.positions):
-            raise CramError(f"{T} tokens, but this model reads at most {len(self.positions)}")
-        x = self.embed(ids) + self.position_scale * self.positions[:T]
+        if T > len(self.sinusoid):
+            raise CramError(f"{T} tokens, but this model reads at most {len(self.sinusoid)}")
+        x = self.embed(ids) + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
         mask = None if keep is None else keep[:, None, None, :]  # of every head and every query
         for block in self.blocks:
@@ -169,13 +171,13 @@ class CrammedBERT(nn.Module):
         """Logits (B, T, V) at every position; keep as in `encode`."""
         return self.decode(self.encode(ids, keep))
 
-    def forward(self, ids, places, targets):
-        """Mean cross-entropy, in nats, of targets (B, M) at places (B, M) of the rows ids (B, T).
+    def forward(self, ids, positions, targets):
+        """Mean cross-entropy, in nats, of targets (B, M) at positions (B, M) of the rows ids (B, T).
 
-        Only these places are decoded. The decoder is a fifth of all work even so.
+        Only these positions are decoded: 6 % of all work, where decoding every one would be 25 %.
         """
         x = self.encode(ids)
-        x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
+        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
         return F.cross_entropy(self.decode(x).flatten(0, 1), targets.flatten())
 
 
@@ -255,22 +257,22 @@ def mask_tokens(rows, mask_rate, vocab_size, generator):
     token, and 3 stay (80/10/10 of BERT). All rows of a step are drawn at once, so that the masks
     do not depend on how the step is cut into microbatches. A fixed count keeps shapes static.
 
-    rows (B, T) -> inputs (B, T), places (B, M), targets (B, M); M = round(mask_rate * T)
+    rows (B, T) -> inputs (B, T), positions (B, M), targets (B, M); M = round(mask_rate * T)
     """
     B, T = rows.shape
     M = max(1, round(mask_rate * T))
     n_mask, n_random = round(0.8 * M), round(0.1 * M)
 
     noise = torch.rand(B, T, device=rows.device, generator=generator)
-    places = noise.topk(M, dim=1).indices  # M places of each row, in random order
-    targets = rows.gather(1, places)
+    positions = noise.topk(M, dim=1).indices  # M of each row, in random order
+    targets = rows.gather(1, positions)
 
     guesses = targets.clone()
     guesses[:, :n_mask] = MASK
     guesses[:, n_mask : n_mask + n_random] = torch.randint(
         vocab_size, (B, n_random), device=rows.device, generator=generator
     )
-    return rows.scatter(1, places, guesses), places, targets
+    return rows.scatter(1, positions, guesses), positions, targets
 
 
 def lr_at(f, peak):
@@ -300,75 +302,79 @@ class Data:
         if not (folder / "meta.json").exists():
             raise CramError(f"no prepared data in {folder}: run prepare.py --out {folder} first")
         meta = json.loads((folder / "meta.json").read_text())
-        self.tokenizer_json = (folder / "tokenizer.json").read_text()
         self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
         self.unigram_entropy = meta.get("unigram_entropy", math.nan)
-        self.identity = {"train_sha256": meta["train_sha256"],
-                         "tokenizer_sha256": meta["tokenizer_sha256"]}
+        self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
+        self.tokenizer_json = (folder / "tokenizer.json").read_text()
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
-        self.train = self.rows(folder / "train.bin", meta["train_rows"])
-        self.val = self.rows(folder / "val.bin", meta["val_rows"])
-        self.check_ids(self.val[:VAL_ROWS])
+        self.train = self.open_rows(folder / "train.bin", meta["train_rows"])
+        self.val = self.check_ids(self.open_rows(folder / "val.bin", meta["val_rows"])[:VAL_ROWS])
 
-    def rows(self, path, count):
+    def open_rows(self, path, count):
         size, expected = path.stat().st_size, count * self.seq_len * 2
         if size != expected or not count:
             raise CramError(f"{path} has {size:,} bytes and should have {expected:,} ({count:,} "
-                             f"rows of {self.seq_len}): copy it again, or run prepare.py again")
+                            f"rows of {self.seq_len}): copy it again, or run prepare.py again")
         return np.memmap(path, "<u2", "r").reshape(count, self.seq_len)
 
     def check_ids(self, rows):
+        """The rows, if the embedding has a vector for each id: a GPU would only say "assert"."""
         if rows.max() >= self.vocab_size:
             raise CramError(f"token id {rows.max()} in the data, but its tokenizer ends at "
-                             f"{self.vocab_size - 1}: run prepare.py again")
+                            f"{self.vocab_size - 1}: run prepare.py again")
         return rows
 
 
 class RowOrder:
-    """Which row comes at which place of a run.
+    """Which row of train.bin comes at which position of a run.
 
-    The first pass reads the file in its order, the paper's curriculum, in steps of `stride` if the
-    budget is too short for all rows. Each later pass is a new random order.
+    The first pass reads the file in its order, the paper's curriculum; a budget too short for all
+    of it takes every `stride`-th row, so as to get to its end. Later passes are random orders.
     """
 
     def __init__(self, n_rows, seed):
         self.n_rows, self.seed = n_rows, seed
         self.start, self.start_row, self.stride = 0, 0, 1.0
-        self.permutation = functools.lru_cache(1)(self.permutation)  # 8 bytes a row
+        self.permutation = functools.lru_cache(1)(self.permutation)  # 8 bytes a row, kept for once
 
-    def permutation(self, pass_number):
-        return np.random.default_rng((self.seed, pass_number)).permutation(self.n_rows)
-
-    def spread(self, place, rows_left):
-        """From `place` on, take so long strides that `rows_left` rows reach the end of the file."""
-        row = int(self.rows_at(place, 1)[0])
-        if place < self.first_pass_end():
-            self.start, self.start_row = place, row
-            self.stride = max(1.0, (self.n_rows - row) / max(1, rows_left))
+    def permutation(self, n):
+        return np.random.default_rng((self.seed, n)).permutation(self.n_rows)
 
     def first_pass_end(self):
         return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
 
-    def rows_at(self, place, count):
-        """Row numbers of the places place ... place + count - 1."""
-        places = np.arange(place, place + count)
-        rows = self.start_row + ((places - self.start) * self.stride).astype(np.int64)
-        rows = np.minimum(rows, self.n_rows - 1)
-        later = np.maximum(0, places - self.first_pass_end())
-        for n in np.unique(later[places >= self.first_pass_end()] // self.n_rows):
-            of_pass = (places >= self.first_pass_end()) & (later // self.n_rows == n)
-            rows[of_pass] = self.permutation(int(n) + 1)[later[of_pass] % self.n_rows]
-        return rows
+    def fit(self, position, rows_left):
+        """From `position` on, stride so that the rows that are left reach the end of the file."""
+        if position < self.first_pass_end():
+            self.start_row = int(self.rows_at(position, 1)[0])
+            self.start = position
+            self.stride = max(1.0, (self.n_rows - self.start_row) / max(1, rows_left))
+
+    def rows_at(self, position, count):
+        """Row numbers of the positions from `position` on."""
+        parts = []
+        while count:
+            n = self.first_pass_end() - position
+            if n > 0:
+                offsets = np.arange(position, position + min(n, count)) - self.start
+                rows = self.start_row + (offsets * self.stride).astype(np.int64)
+                parts.append(np.minimum(rows, self.n_rows - 1))  # a product may round up
+            else:
+                later_pass, offset = divmod(-n, self.n_rows)
+                parts.append(self.permutation(later_pass)[offset : offset + count])
+            position += len(parts[-1])
+            count -= len(parts[-1])
+        return np.concatenate(parts)
 
 
 def validation_set(data, device):
-    """Rows, places and targets that are the same on every machine and for every recipe."""
-    rows = torch.from_numpy(data.val[:VAL_ROWS].astype(np.int64))
-    noise = np.random.default_rng(0).random(rows.shape)
-    places = torch.from_numpy(noise.argsort(1)[:, : max(1, round(VAL_MASK_RATE * rows.shape[1]))])
-    inputs = rows.scatter(1, places, MASK)
-    return [x.to(device) for x in (inputs, places, rows.gather(1, places))]
+    """Rows, positions and targets that are the same on every machine and for every recipe."""
+    rows = torch.from_numpy(data.val.astype(np.int64))
+    M = max(1, round(VAL_MASK_RATE * data.seq_len))
+    positions = torch.from_numpy(np.random.default_rng(0).random(rows.shape).argsort(1)[:, :M])
+    inputs, targets = rows.scatter(1, positions, MASK), rows.gather(1, positions)
+    return [x.to(device) for x in (inputs, positions, targets)]
 
 
 # -------------------------------------------------------------------------------- 5. Checkpoints
@@ -391,76 +397,72 @@ def save_whole(path, content):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def load_file(path, device):
-    """A dictionary that save_whole wrote. Never runs code that a stranger put into the file."""
+def load_whole(path, device="cpu"):
+    """A dictionary that save_whole wrote. Code that a stranger put into the file is not run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
-                         f"({type(error).__name__})") from None
+                        f"({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
         raise CramError(f"{path} is not a checkpoint of cram.py")
     return content
 
 
-def settings_for(given):
-    """The settings of this run, and the state of last.pt that it resumes from, or None."""
-    resume = given.pop("resume", False)
-    s, out = Settings(**given), Path(given.get("out", Settings.out))
-    state = None
-    if resume:
-        if not (out / "last.pt").exists():
-            raise CramError(f"nothing to resume: no last.pt in {out}")
-        state = load_file(out / "last.pt", "cpu")
-        saved = state["settings"]
-        differs = [f"--{key.replace('_', '-')} {given[key]} (was {saved[key]})" for key in given
-                   if key not in FREE_ON_RESUME and given[key] != saved[key]]
-        if differs:
-            raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
-        if given.get("hours") and saved["steps"] or given.get("steps") and not saved["steps"]:
-            raise CramError(f"{out} was begun with a budget in "
-                             f"{'steps' if saved['steps'] else 'hours'}; resume it with the same")
-        s = Settings(**{**saved, **given})
-    elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
-        raise CramError(f"{out} holds a run already: go on with it with --resume, or give another "
-                         "--out")
-    check(s)
-    return s, state
+@dataclass
+class Run:
+    """Where a run stands: beside weights and optimizer, all that changes from step to step."""
+
+    step: int = 0
+    rows: int = 0  # taken so far: the position in the data
+    elapsed_s: float = 0.0  # on the clock, when last.pt was written
+    s_per_row: float = 0.0  # of the last step
+    skipped: int = 0  # steps whose loss or gradient was not finite ...
+    skipped_in_a_row: int = 0  # ... and of these the latest
+    fitted: bool = False  # the order of the data to the length of the budget
+    loss: float = math.nan  # mean over the last interval of the log ...
+    loss_sum: float = 0.0  # ... and over the one that is under way
+    loss_steps: int = 0
+    tokens_per_s: float = 0.0
+    timed_rows: int = 0  # rows and training time at the last line of the log
+    timed_s: float = 0.0
+    log_mark: int = 0  # lines and validations that were due so far
+    val_mark: int = 0
 
 
 # -------------------------------------------------------------------------------- 6. Training
 
 
 class Clock:
-    """The one clock of a run: seconds since its start, all earlier sessions included.
+    """Seconds since the run began, time between sessions left out.
 
-    It starts before the model is built and stops after the last update. `parts` says where the
-    time went: what is not compilation, validation or saving is training.
+    It starts before the data is opened and the model built, and stops after the last update.
+    What is not start-up, compilation, validation or saving is training.
     """
 
-    def __init__(self, parts=None, elapsed=0.0):
-        self.started = time.monotonic() - elapsed
-        self.parts = parts or {"compile": 0.0, "validate": 0.0, "save": 0.0}
+    def __init__(self, elapsed=0.0, parts=None):
+        self.zero = time.monotonic() - elapsed
+        self.parts = parts or {"start": 0.0, "compile": 0.0, "validate": 0.0, "save": 0.0}
 
     def elapsed(self):
-        return time.monotonic() - self.started
+        return time.monotonic() - self.zero
 
     def training(self):
         return self.elapsed() - sum(self.parts.values())
 
     @contextlib.contextmanager
     def part(self, name):
-        start = time.monotonic()
+        began = time.monotonic()
         try:
             yield
         finally:
-            self.parts[name] += time.monotonic() - start
+            self.parts[name] += time.monotonic() - began
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop, at the next microbatch; a second one leaves at once."""
+    """Ctrl-C or SIGTERM asks for a stop before the next microbatch; a second one leaves at once."""
 
     def __init__(self):
         self.asked = False
@@ -474,6 +476,33 @@ class Stop:
         print("\nstopping: saving last.pt (once more to leave at once)", flush=True)
 
 
+class Log:
+    """log.jsonl, and the same lines in columns on the screen."""
+
+    def __init__(self, path, step):
+        """A new file; or that of the resumed run, without what came after the step it resumes."""
+        kept = []
+        if step and path.exists():
+            for line in path.read_text().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, path)
+        self.file = open(path, "a", buffering=1)
+        print("    time   done     step  batch        lr    loss     val    tokens/s     MFU")
+
+    def line(self, e):
+        self.file.write(json.dumps(e) + "\n")
+        minutes, seconds = divmod(int(e["elapsed_s"]), 60)
+        val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
+        mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
+        print(f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02} {e['progress']:6.1%} "
+              f"{e['step']:8} {e['batch']:6} {e['lr']:9.2e} {e['loss']:7.3f} {val:>7} "
+              f"{e['tokens_per_s']:11,.0f} {mfu:>7}", flush=True)
+
+
 def find_device(name, precision):
     """The device, the dtype of matrix products on it, and its peak in FLOP/s if known."""
     if name == "auto":
@@ -484,13 +513,12 @@ def find_device(name, precision):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
+    if precision == "auto":  # the plain question counts emulation, and says yes on Turing
+        native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         precision = "fp32" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
     peak = None
-    if device.type == "cuda" and precision != "fp32":
+    if device.type == "cuda" and dtype != torch.float32:
         card = torch.cuda.get_device_name(device)
         peak = next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in card), None)
     return device, dtype, peak
@@ -507,195 +535,157 @@ def build_optimizer(model, s):
 @torch.no_grad()
 def validate(model, autocast, val_set, rows_at_once):
     """Mean cross-entropy, in nats, over the masked tokens of the validation set."""
-    total = 0.0
-    n = len(val_set[0])
+    total, n = 0.0, len(val_set[0])
     for i in range(0, n, rows_at_once):
         part = [x[i : i + rows_at_once] for x in val_set]
         with autocast():
-            total += model(*part).double() * len(part[0]) / n
-    return total.item()
+            total += model(*part).item() * len(part[0]) / n
+    return total
 
 
-class Log:
-    """log.jsonl, and the same lines in columns on the screen."""
+def train(s, saved=None):
+    """Train by the settings s from the start, or go on from what last.pt holds."""
+    clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
 
-    def __init__(self, path, step):
-        """A new file, or the one of the resumed run up to the step it goes on from."""
-        kept = []
-        if step:
-            for line in path.read_text().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
-        self.file = open(path, "a", buffering=1)
+    with clock.part("start"):
+        data = Data(s.data)
+        out = Path(s.out)
+        out.mkdir(parents=True, exist_ok=True)
+        device, dtype, peak_flops = find_device(s.device, s.precision)
+        autocast = functools.partial(
+            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
+        )
+        torch.manual_seed(s.seed)
+        model = CrammedBERT(s, data.vocab_size, data.seq_len).to(device)
+        use_compile = device.type == "cuda" if s.compile is None else s.compile
+        compiled = torch.compile(model) if use_compile else model
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's note to itself
+        optimizer = build_optimizer(model, s)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        generator = torch.Generator(device)
+        order = RowOrder(len(data.train), s.seed)
+        val_set = validation_set(data, device)
+        run = Run()
 
-    def header(self):
-        print("    time   done     step  batch        lr    loss     val    tokens/s     MFU")
-
-    def line(self, e):
-        self.file.write(json.dumps(e) + "\n")
-        hours, rest = divmod(int(e["elapsed_s"]), 3600)
-        val = f"{e['val_loss']:7.3f}" if "val_loss" in e else " " * 7
-        mfu = "    n/a" if e["mfu"] is None else f"{e['mfu']:7.1%}"
-        print(f"{hours:2}:{rest // 60:02}:{rest % 60:02} {e['progress']:6.1%} {e['step']:8} "
-              f"{e['batch']:6} {e['lr']:9.2e} {e['loss']:7.3f} {val} {e['tokens_per_s']:11,.0f} "
-              f"{mfu}", flush=True)
-
-
-def train(s, state=None):
-    """Train by the settings s from the start, or go on from the state that last.pt holds."""
-    clock = Clock() if state is None else Clock(state["clock"], state["run"]["elapsed_s"])
-
-    # The data, the model, the optimizer
-    data = Data(s.data)
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    device, dtype, peak_flops = find_device(s.device, s.precision)
-    use_compile = device.type == "cuda" if s.compile is None else s.compile
-    autocast = functools.partial(
-        torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
-    )
-    torch.manual_seed(s.seed)
-    model = CrammedBERT(s, data.vocab_size, data.seq_len).to(device)
-    compiled = torch.compile(model) if use_compile else model
-    optimizer = build_optimizer(model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    generator = torch.Generator(device)
-    order = RowOrder(len(data.train), s.seed)
-    val_set = validation_set(data, device)
-
-    # Where the run stands: all that changes from step to step, and so all that a resume needs
-    run = {"step": 0, "rows": 0, "elapsed_s": 0.0, "skipped": 0, "bad_in_a_row": 0,
-           "s_per_row": 0.0, "spread": False, "loss": math.nan, "loss_sum": 0.0, "loss_steps": 0,
-           "logged": {"rows": 0, "training_s": 0.0, "interval": 0, "val": 0}}
-    if state is not None:
-        differs = [key for key in data.identity if state["data"][key] != data.identity[key]]
-        if differs:
-            raise CramError(f"{s.data} is not what the run in {out} was trained on: other "
-                            + " and ".join(differs))
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        order.start, order.start_row, order.stride = state["order"]
-        run = state["run"]
-        print(f"resuming after step {run['step']:,}, {run['elapsed_s'] / 3600:.2f} h")
-        if (s.hours, s.steps) != (state["settings"]["hours"], state["settings"]["steps"]):
-            print("another budget: the schedule continues at what is spent / the new budget")
-            run["spread"] = False
-            run["logged"].update(interval=0, val=0)
-        del state  # 1.4 GB
+        if saved:
+            differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
+            if differs:
+                raise CramError(f"{s.data} is not what the run in {out} was trained on: other "
+                                + " and ".join(differs))
+            run = Run(**saved["run"])
+            order.start, order.start_row, order.stride = saved["order"]
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
+            if (s.hours, s.steps) != (saved["settings"]["hours"], saved["settings"]["steps"]):
+                print("another budget: the schedule goes on at what is spent / the new budget")
+                run.fitted, run.log_mark, run.val_mark = False, 0, 0
+            del saved  # 1.4 GB
 
     budget_s = s.hours * 3600
     interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # of the budget, to a line
     flops = flops_per_token(model, s, data.seq_len)
+    stop = None
+    sizes_compiled = set()
+    reader = ThreadPoolExecutor(1)
 
     def progress():
-        return run["step"] / s.steps if s.steps else clock.elapsed() / budget_s
+        return run.step / s.steps if s.steps else clock.elapsed() / budget_s
 
     def save_last():
-        run["elapsed_s"] = clock.elapsed()
+        run.elapsed_s = clock.elapsed()
         save_whole(out / "last.pt", {
-            "settings": asdict(s), "data": data.identity, "run": run, "clock": clock.parts,
+            "settings": asdict(s), "data": data.identity, "run": asdict(run), "clock": clock.parts,
             "order": (order.start, order.start_row, order.stride), "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
-    # The next rows are read in a thread while the card computes. How many a step takes is known
-    # only when it begins, so as many are read as it can take.
-    reader = ThreadPoolExecutor(1)
-
-    def read(place):
-        rows = data.check_ids(data.train[order.rows_at(place, s.batch)])
+    def read(position):
+        """Rows for a step, on their way to the card. How many it takes is known only when it
+        begins, so these are as many as it can take. Runs in a thread while the card computes."""
+        rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
         rows = torch.from_numpy(rows.astype(np.int32))
         rows = rows.pin_memory() if device.type == "cuda" else rows
         return rows.to(device, non_blocking=True)
 
-    def spread(rows_left):
-        """Fit the reading order to the budget, once it is known how many rows it will take."""
-        order.spread(run["rows"], rows_left)
-        run["spread"] = True
-        passes = (run["rows"] + rows_left) / len(data.train)
-        print(f"the budget will read {run['rows'] + rows_left:,.0f} rows, {passes:.2f} passes over "
-              + ("the data" if order.stride == 1 else
-                 f"the data: every {order.stride:.1f}th row, so that its order spans the run"))
-
-    if s.steps and not run["spread"]:
-        spread(sum(batch_at(k / s.steps, s.batch) for k in range(run["step"], s.steps)))
-
-    def report(f, lr, batch, measure):
-        """Write a line of the log, with the validation loss if `measure`; returns its fields."""
-        if run["loss_steps"]:
-            run["loss"] = run["loss_sum"] / run["loss_steps"]
-        rows = run["rows"] - run["logged"]["rows"]
-        speed = rows * data.seq_len / (clock.training() - run["logged"]["training_s"])
-        entry = {"step": run["step"], "tokens": run["rows"] * data.seq_len,
-                 "elapsed_s": clock.elapsed(), "progress": f, "lr": lr, "batch": batch,
-                 "loss": run["loss"], "tokens_per_s": speed,
-                 "mfu": speed * flops / peak_flops if peak_flops else None}
-        if measure:
-            with clock.part("validate"):
-                entry["val_loss"] = validate(model, autocast, val_set, s.microbatch)
-        log.line(entry)
-        run["loss_sum"], run["loss_steps"] = 0.0, 0
-        run["logged"] = {"rows": run["rows"], "training_s": clock.training(),
-                         "interval": int(f / interval), "val": int(20 * f)}
-        return entry
-
-    # Forward and backward of one step. Nothing in here waits for the card.
-    stop = None
-    sizes_compiled = set()
+    def fit_order(rows_left):
+        """Once it is known how many rows the budget takes."""
+        order.fit(run.rows, rows_left)
+        run.fitted = True
+        total = run.rows + rows_left
+        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
+              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
 
     def accumulate(rows):
-        """The mean loss over the rows of a step, its gradient left in the parameters."""
-        generator.manual_seed((s.seed << 32) + run["step"])
-        rows = rows.long()
-        batch = mask_tokens(rows, s.mask_rate, data.vocab_size, generator)
+        """Forward and backward of one step: the mean loss over its rows, the gradient left in the
+        parameters. Nothing in here waits for the card, but where a new size is compiled."""
+        generator.manual_seed((s.seed << 32) + run.step)
+        batch = mask_tokens(rows.long(), s.mask_rate, data.vocab_size, generator)
         total = torch.zeros((), device=device)
         for i in range(0, len(rows), s.microbatch):
             if stop and stop.asked:
                 raise Interrupted
             part = [x[i : i + s.microbatch] for x in batch]
-            share = len(part[0]) / len(rows)
-            new = use_compile and len(part[0]) not in sizes_compiled
+            size = len(part[0])
+            new = use_compile and size not in sizes_compiled
             with clock.part("compile") if new else contextlib.nullcontext():
                 with autocast():
-                    loss = compiled(*part) * share
+                    loss = compiled(*part) * (size / len(rows))
                 scaler.scale(loss).backward()
                 total += loss.detach()
                 if new:
-                    total.item()  # waits, once for each size: compilation is to be told apart
-                    sizes_compiled.add(len(part[0]))
+                    total.item()
+                    sizes_compiled.add(size)
+                    run.timed_rows += size  # they are in no line's tokens/s
         return total
 
-    weights = sum(p.numel() for p in model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"{weights:,} parameters on {name}, {str(dtype)[6:]}{', compiled' * use_compile}; "
-          f"{len(data.train):,} rows of {data.seq_len}\n"
-          f"a model that knows only how frequent each token is has loss {data.unigram_entropy:.3f} "
-          f"(unigram entropy)")
-    log = Log(out / "log.jsonl", run["step"])
-    log.header()
-    fetched = reader.submit(read, run["rows"])
+    def log_line(f, measure):
+        """A line of the log, with the validation loss if `measure`; returns it."""
+        if run.loss_steps:
+            run.loss = run.loss_sum / run.loss_steps
+            rows, seconds = run.rows - run.timed_rows, clock.training() - run.timed_s
+            run.tokens_per_s = max(0, rows) * data.seq_len / seconds
+        run.loss_sum, run.loss_steps = 0.0, 0
+        run.timed_rows, run.timed_s = run.rows, clock.training()
+        run.log_mark, run.val_mark = int(f / interval), int(20 * f)
+        entry = {"step": run.step, "tokens": run.rows * data.seq_len,
+                 "elapsed_s": clock.elapsed(), "progress": f, "lr": lr, "batch": batch,
+                 "loss": run.loss, "tokens_per_s": run.tokens_per_s,
+                 "mfu": run.tokens_per_s * flops / peak_flops if peak_flops else None}
+        if measure:
+            with clock.part("validate"):
+                entry["val_loss"] = validate(model, autocast, val_set, s.microbatch)
+        log.line(entry)
+        return entry
+
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
+          f"{str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
+          f"{len(data.train):,} rows of {data.seq_len} tokens\n"
+          f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
+          "unigram entropy")
+    if s.steps and not run.fitted:
+        fit_order(sum(batch_at(k / s.steps, s.batch) for k in range(run.step, s.steps)))
+    log = Log(out / "log.jsonl", run.step)
+    fetched = reader.submit(read, run.rows)
     saved_at, save_took = time.monotonic(), 0.0
 
     while True:
         f = progress()
-        batch, lr = batch_at(f, s.batch), lr_at(f, s.lr)
-        if f >= 1 or not s.steps and clock.elapsed() + batch * run["s_per_row"] > budget_s:
-            break  # the budget is spent, or the step would end behind it
+        lr, batch = lr_at(f, s.lr), batch_at(f, s.batch)
+        if f >= 1 or not s.steps and clock.elapsed() + batch * run.s_per_row > budget_s:
+            break  # the budget is spent, or the step would end after it
         began = clock.training()
         rows = fetched.result()[:batch]
-        fetched = reader.submit(read, run["rows"] + batch)
+        fetched = reader.submit(read, run.rows + batch)
 
         try:
             loss = accumulate(rows)
         except Interrupted:
-            break  # a stop inside an accumulation: this step is done again on resume
+            break  # nothing of this step has reached the weights; a resume does it again
         except torch.OutOfMemoryError:
             loss = None
-        if loss is None:  # out here, because the exception holds on to the memory
+        if loss is None:  # out here, because an exception keeps the memory of its frames
             if s.microbatch == 1:
                 raise CramError("a single row at a time does not fit into the card's memory")
             s.microbatch = min(s.microbatch, batch) // 2
@@ -705,7 +695,7 @@ def train(s, state=None):
             sizes_compiled.clear()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            fetched = reader.submit(read, run["rows"])
+            fetched = reader.submit(read, run.rows)
             continue
 
         scaler.unscale_(optimizer)
@@ -715,33 +705,33 @@ def train(s, state=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             scaler.step(optimizer)
-            run["loss_sum"] += loss
-            run["loss_steps"] += 1
-            run["bad_in_a_row"] = 0
+            run.loss_sum += loss
+            run.loss_steps += 1
+            run.skipped_in_a_row = 0
         else:
-            run["skipped"] += 1
-            run["bad_in_a_row"] += 1
-            if run["bad_in_a_row"] == MAX_BAD_STEPS:
-                raise CramError(f"loss or gradient were not finite {MAX_BAD_STEPS} times in a row: "
+            run.skipped += 1
+            run.skipped_in_a_row += 1
+            if run.skipped_in_a_row == MAX_SKIPPED:
+                raise CramError(f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row: "
                                 "the run has broken down. Resume it from last.pt, or start again "
                                 "with a smaller --lr")
         scaler.update()
         optimizer.zero_grad()
-        run["step"] += 1
-        run["rows"] += batch
-        run["s_per_row"] = (clock.training() - began) / batch
-        stop = stop or Stop()  # from here on there is something to save
+        run.step += 1
+        run.rows += batch
+        run.s_per_row = (clock.training() - began) / batch
+        stop = stop or Stop()  # before the first update there was nothing to save
 
         f = progress()
-        if not run["spread"] and f > 0.01 and run["step"] >= 5:  # now the speed is known
-            spread(run["rows"] / clock.training() * (budget_s - clock.elapsed()))
-            fetched = reader.submit(read, run["rows"])
+        if not run.fitted and f > 0.01 and run.step >= 5:  # now the speed is known
+            fit_order((budget_s - clock.elapsed()) / run.s_per_row)
+            fetched = reader.submit(read, run.rows)
 
-        measure = int(20 * f) > run["logged"]["val"]
-        if f < 1 and (measure or int(f / interval) > run["logged"]["interval"]):
-            report(f, lr, batch, measure)
+        measure = int(20 * f) > run.val_mark
+        if f < 1 and (measure or int(f / interval) > run.log_mark):
+            log_line(f, measure)
 
-        if time.monotonic() - saved_at > max(60 * s.save_minutes, 110 * save_took):
+        if time.monotonic() - saved_at > max(60 * s.save_minutes, SAVE_SPACING * save_took):
             saved_at = time.monotonic()
             with clock.part("save"):
                 try:
@@ -750,34 +740,31 @@ def train(s, state=None):
                     print(f"{error}; training goes on, the last.pt from before is kept")
             save_took = time.monotonic() - saved_at
 
-    spent = {**clock.parts, "train": clock.training()}
+    parts = {"train": clock.training(), **clock.parts}
     elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
     reader.shutdown(cancel_futures=True)
     if stop and stop.asked:
         save_last()
-        print(f"stopped after step {run['step']:,} and saved; go on with --resume")
+        print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
-    last = report(progress(), lr, batch, measure=True)
+    last = log_line(progress(), measure=True)
     save_whole(out / "ckpt.pt", {
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
-        "tokenizer": data.tokenizer_json, "model": model.state_dict(),
-        "result": {key: last[key] for key in ("step", "tokens", "loss", "val_loss")}})
+        "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last})
     save_last()
 
-    tokens = run["rows"] * data.seq_len
-    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if (
-        device.type == "cuda") else "n/a"
-    exaflop = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
+    tokens = run.rows * data.seq_len
+    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     print(f"""
-tokens           {tokens:,} in {run['rows']:,} rows, {run['rows'] / len(data.train):.2f} passes
-steps            {run['step']:,}, of which {run['skipped']:,} skipped
-wall clock       {elapsed:.1f} s of {'--steps' if s.steps else f'{budget_s:.1f} s'}: """
-          + ", ".join(f"{part} {seconds:.1f} s ({seconds / elapsed:.1%})"
-                      for part, seconds in spent.items()) + f"""
+tokens           {tokens:,} in {run.rows:,} rows, {run.rows / len(data.train):.2f} passes
+steps            {run.step:,}, of which {run.skipped:,} skipped
+wall clock       {elapsed:.1f} s of {f'{s.steps:,} steps' if s.steps else f'{budget_s:.1f} s'}
+                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
 after the clock  {clock.elapsed() - elapsed:.1f} s for the final validation and checkpoint
-peak memory      {memory}
-exaFLOP          {exaflop} as the paper counts (peak of the card x time), {tokens * flops / 1e18:.3f} used
+peak memory      {memory if device.type == 'cuda' else 'n/a'}
+exaFLOP          {f'{elapsed * peak_flops / 1e18:.3f}' if peak_flops else 'n/a'} as the paper counts: \
+peak of the card x time; {tokens * flops / 1e18:.3f} used
 training loss    {last['loss']:.3f}
 validation loss  {last['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
 wrote            {out / 'ckpt.pt'}""")
@@ -787,38 +774,61 @@ wrote            {out / 'ckpt.pt'}""")
 
 
 def load_checkpoint(path, device="cpu", dropout=0.0):
-    """The finished model in evaluation mode, and its tokenizer, from a ckpt.pt.
+    """The finished model, in evaluation mode, and its tokenizer.
 
-    model, tokenizer = load_checkpoint("out/ckpt.pt")
-    Raises CramError if the file is missing or something else.
+        model, tokenizer = load_checkpoint("out/ckpt.pt", device="cuda")
+
+    Raises CramError if the file is missing, is something else, or holds code.
     """
-    content = load_file(path, device)
+    content = load_whole(path, device)
     if "tokenizer" not in content:
-        raise CramError(f"{path} is a run in progress, not a finished model: give its ckpt.pt")
-    s = Settings(**content["settings"])
+        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
+    try:
+        s = Settings(**content["settings"])
+    except TypeError as error:
+        raise CramError(f"{path} was made by another version of cram.py: {error}") from None
     model = CrammedBERT(s, content["vocab_size"], content["seq_len"], dropout)
     model.load_state_dict(content["model"])
-    tokenizer = Tokenizer.from_str(content["tokenizer"])
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 
 
 @torch.no_grad()
-def fill(path, text, device="cpu"):
+def fill(path, text, device):
     """Print the five likeliest tokens for each <mask> of the text."""
     model, tokenizer = load_checkpoint(path, device)
     ids = [CLS, *tokenizer.encode(text, add_special_tokens=False).ids, SEP]
     if MASK not in ids:
-        raise CramError('--fill needs a text with at least one <mask>, as in "paris is <mask>."')
-    logits = model.logits(torch.tensor([ids], device=device))[0]
-    for place in (i for i, token in enumerate(ids) if token == MASK):
-        best = logits[place].float().softmax(0).topk(5)
-        guesses = [f"{tokenizer.id_to_token(i)} {p:.1%}"
-                   for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        print(f"<mask> -> {', '.join(guesses)}")
+        raise CramError('--fill needs a text with a <mask> in it, as "paris is in <mask>."')
+    for logits in model.logits(torch.tensor([ids], device=device))[0, np.equal(ids, MASK)]:
+        best = logits.softmax(0).topk(5)
+        print("<mask>:", ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in
+                                   zip(best.values.tolist(), best.indices.tolist())))
 
 
-def parse_arguments(argv=None):
-    """A flag for each setting, its help the comment behind it. Only what was given is returned."""
+def settings_for(given, resume):
+    """The settings of a run, from what was given on the command line, and its last.pt or None."""
+    s, out = Settings(**given), Path(given.get("out", Settings.out))
+    saved = None
+    if resume:
+        saved = load_whole(out / "last.pt")
+        before = saved["settings"]
+        differs = [f"--{key.replace('_', '-')} {value} (was {before[key]})"
+                   for key, value in given.items()
+                   if key not in FREE_ON_RESUME and value != before[key]]
+        if differs:
+            raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
+        if bool(before["steps"]) != bool(s.steps) and {"hours", "steps"} & set(given):
+            unit = "--steps" if before["steps"] else "--hours"
+            raise CramError(f"{out} was begun with {unit}: resume it with the same kind of budget")
+        s = Settings(**{**before, **given})
+    elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
+        raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
+    check(s)
+    return s, saved
+
+
+def parse_arguments():
+    """A flag for each setting, with the comment behind it as its help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
         description="Train a BERT from scratch on one GPU in one day.",
@@ -827,27 +837,25 @@ def parse_arguments(argv=None):
         argument_default=argparse.SUPPRESS,
     )
     for f in fields(Settings):
-        boolean = isinstance(f.default, bool) or f.default is None
-        kind = {"action": argparse.BooleanOptionalAction} if boolean else {"type": f.type}
-        default = "" if f.default is None else f" (default: {f.default})"
+        kind = {"type": f.type} if f.default is not None else {
+            "action": argparse.BooleanOptionalAction}
+        default = f" (default: {f.default})" if f.default is not None else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=comments[f.name].replace("%", "%%") + default)
     parser.add_argument("--resume", action="store_true",
                         help="go on where the run in --out stopped, with its settings")
     parser.add_argument("--fill", metavar="TEXT",
                         help="print the model's best guesses for each <mask> in TEXT, then exit")
-    return vars(parser.parse_args(argv))
+    return vars(parser.parse_args())
 
 
 def main():
     given = parse_arguments()
-    text = given.pop("fill", None)
-    if text is not None:
-        out = given.get("out", Settings.out)
-        device = given.get("device", "cpu")
-        fill(Path(out) / "ckpt.pt", text, device)
+    resume, text = given.pop("resume", False), given.pop("fill", None)
+    if text is None:
+        train(*settings_for(given, resume))
     else:
-        train(*settings_for(given))
+        fill(Path(given.get("out", Settings.out)) / "ckpt.pt", text, given.get("device", "cpu"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), sections 4.4 and 5 a
 
 import argparse
 import ast
-import codecs
 import glob
 import gzip
 import hashlib
@@ -59,9 +58,11 @@ VAL_SHARE = 100  # one document in so many is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128)
 
 MAX_DOCUMENT = 50_000_000  # bytes on one line; what is longer is no document, and is skipped
+MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
 PIECE = 100_000  # characters handed to the tokenizer at once; also the pieces of a .txt file
 PILE_ROWS = 200_000  # rows shuffled at once in memory when ordering (51 MB at length 128)
 READ_ROWS = 65_536  # rows read at once when ordering (17 MB at length 128)
+SAVE_SECONDS = 5  # between the places from which a killed run goes on
 NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes of outage
 
 
@@ -201,37 +202,23 @@ def read_jsonl(stream, path):
 
 
 def read_json(stream, path):
-    """A .json file: lines, or one list of rows, decoded a row at a time so that its size is free."""
-    first = stream.read(1)
-    while first.isspace() or first in (b"\xef", b"\xbb", b"\xbf"):
-        first = stream.read(1)
-    if first != b"[":
-        stream.seek(0)
+    """A .json file: lines as in .jsonl, or one list of rows, which has to be held in memory."""
+    start = stream.read(1000).decode("utf-8-sig", "ignore").lstrip()
+    stream.seek(0)
+    if not start.startswith("["):
         yield from read_jsonl(stream, path)
         return
-
-    decoder, buffer, number = json.JSONDecoder(), "", 0
+    content = stream.read(MAX_LIST + 1)
+    if len(content) > MAX_LIST:
+        raise SystemExit(f"{path}: a JSON list of over {MAX_LIST:,} bytes. Make it one row a line "
+                         f"(jq -c '.[]' FILE > FILE.jsonl), which is read at any size")
     try:
-        utf8 = codecs.getreader("utf-8")(stream)
-        while True:
-            buffer = buffer.lstrip(" \t\r\n,")
-            if buffer.startswith("]"):
-                return
-            try:
-                row, end = decoder.raw_decode(buffer)
-                if end == len(buffer):  # a number may go on in what is not read yet
-                    raise ValueError
-            except ValueError:
-                more = utf8.read(max(2**16, len(buffer)))  # doubling: a long row is parsed log n times
-                buffer += more
-                if not more or len(buffer) > 2 * MAX_DOCUMENT:
-                    yield None, f"{path}: the list breaks off after {number:,} rows"
-                    return
-                continue
-            number, buffer = number + 1, buffer[end:]
-            yield text_of(row, f"{path} row {number}")
-    except (UnicodeDecodeError, RecursionError) as error:
-        yield None, f"{path} after row {number}: {error}"
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        yield None, f"{path}: not JSON ({error})"
+        return
+    for number, row in enumerate(rows, 1):
+        yield text_of(row, f"{path} row {number}")
 
 
 def read_txt(stream, path):
@@ -605,14 +592,23 @@ def pack(source, tokenizer_json, work, arguments, seq_len, target):
         bar.update(counts["train_tokens"] - before)
         if counts["train_tokens"] >= target:
             break
-        if time.monotonic() - last_save > 5:
+        if time.monotonic() - last_save > SAVE_SECONDS:
             save()
             last_save = time.monotonic()
     save()
     bar.close()
     for f in (train, val, seen.log):
         f.close()
+    if not counts["documents_kept"]:
+        why = progress["first_invalid"]
+        raise TooLittleText(f"no document that can be used, of {counts['documents_read']:,} read: "
+                            f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
+                            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else ""))
     return progress
+
+
+class TooLittleText(Exception):
+    """What the source gives is not worth keeping anything of."""
 
 
 def hold_out_the_end(work, seq_len, counts):
@@ -621,11 +617,10 @@ def hold_out_the_end(work, seq_len, counts):
     ends = np.flatnonzero(train == SEP) + 1
     enough = ends[(len(train) - ends + counts["val_tokens"] >= seq_len) & (ends >= seq_len)]
     if not len(enough):
-        raise SystemExit(
+        raise TooLittleText(
             f"too little text: {len(train) + counts['val_tokens']:,} tokens are left of "
             f"{counts['documents_read']:,} documents, not enough for one row of {seq_len} to "
-            "train on and another, from other documents, to validate on"
-        )
+            "train on and another, from other documents, to validate on")
     cut = int(enough[-1])
     with open(work / "val.tokens", "ab") as f:
         f.write(train[cut:].tobytes())
@@ -773,7 +768,6 @@ def main():
         print("note: fineweb-edu was filtered by a classifier trained on a language model's "
               "judgements, which is outside the rules of cramming")
 
-    had_out = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, source, args.tokens)
     work.mkdir(exist_ok=True)
@@ -787,20 +781,18 @@ def main():
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = tokenizer.get_vocab_size()
 
-    progress = pack(source, tokenizer_json, work, arguments, args.seq_len, args.tokens)
-    counts = progress["counts"]
-    if not counts["documents_kept"]:
+    try:
+        progress = pack(source, tokenizer_json, work, arguments, args.seq_len, args.tokens)
+        counts = progress["counts"]
+        if counts["train_tokens"] < args.tokens:
+            print(f"the source ended after {counts['train_tokens']:,} training tokens")
+        if min(counts["val_tokens"], counts["train_tokens"]) < args.seq_len:
+            hold_out_the_end(work, args.seq_len, counts)
+    except TooLittleText as error:
         shutil.rmtree(work)
-        if not had_out:
+        if not any(out.iterdir()):
             out.rmdir()
-        raise SystemExit(f"--source {args.source}: no document that can be used, of "
-                         f"{counts['documents_read']:,} read ({counts['empty']:,} empty, "
-                         f"{counts['invalid']:,} invalid, {counts['dropped_density']:,} too dense)"
-                         + (f". {progress['first_invalid']}" if progress["first_invalid"] else ""))
-    if counts["train_tokens"] < args.tokens:
-        print(f"the source ended after {counts['train_tokens']:,} training tokens")
-    if min(counts["val_tokens"], counts["train_tokens"]) < args.seq_len:
-        hold_out_the_end(work, args.seq_len, counts)
+        raise SystemExit(f"--source {args.source}: {error}") from None
 
     n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)

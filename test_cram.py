@@ -1,0 +1,1042 @@
+"""What the three scripts promise, as tests: pytest -q (two minutes on two cores, no network).
+
+Sections: preparing data, the model, the recipe, a training run, a run that is interrupted,
+bad input, GLUE. Everything runs on small text that is made here.
+"""
+
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import cram
+import finetune_glue
+import prepare
+
+HERE = Path(__file__).parent
+TINY = {"layers": 2, "width": 32, "heads": 4, "batch": 32, "lr": 3e-3, "device": "cpu"}
+
+
+def script(name, *args, code=0, before="", **popen):
+    """Run one of the scripts as a user does; `before` is Python to run first in its process."""
+    command = [sys.executable, HERE / name, *map(str, args)]
+    if before:
+        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; {before}"
+        command = [sys.executable, "-c", main + "; it.main()", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **popen)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+LETTERS = random.Random(0)
+WORDS = ["".join(LETTERS.choices("abcdefghijklmnop", k=LETTERS.randint(3, 8))) for _ in range(100)]
+
+
+def sentences(seed, n):
+    """Text of a small language with something to learn in it: its words follow each other."""
+    rng, text = random.Random(seed), []
+    for _ in range(n):
+        start, length = rng.randrange(100), rng.randint(3, 20)
+        text.append(" ".join(WORDS[(start + i) % 100] for i in range(length)) + ".")
+    return " ".join(text)
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder: rows of 32, some 700 tokens, one document in a hundred to validate on."""
+    folder = tmp_path_factory.mktemp("data")
+    source = write_jsonl(folder / "text.jsonl", [sentences(i, 8 + i % 5) for i in range(400)])
+    script("prepare.py", "--source", source, "--out", folder / "rows", "--vocab-size", 700,
+           "--seq-len", 32)
+    return folder / "rows"
+
+
+@pytest.fixture
+def train(data, tmp_path, monkeypatch):
+    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log)."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(out="out", resume=False, **flags):
+        flags = {**({} if resume else {"data": str(data), **TINY}), **flags,
+                 "out": str(tmp_path / out)}
+        cram.train(*cram.settings_for(flags, resume))
+        return read_run(tmp_path / out)
+
+    run.folder = tmp_path
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def read_run(out):
+    saved = torch.load(out / "last.pt", weights_only=True)
+    return saved, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Bit for bit the same, through dictionaries and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "timed_s", "mfu")
+
+
+def untimed(entry):
+    return {key: value for key, value in entry.items() if key not in TIMES}
+
+
+def assert_same_run(one, other):
+    (a, a_log), (b, b_log) = one, other
+    for key in ("model", "optimizer", "order", "data"):
+        assert same(a[key], b[key]), key
+    assert same(untimed(a["run"]), untimed(b["run"]))
+    assert same([*map(untimed, a_log)], [*map(untimed, b_log)])
+
+
+# ------------------------------------------------------------------------------ preparing data
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("don’t say “1990–1995” — ever", 'don\'t say "1990-1995" - ever'),
+    ("``quoted'' and ’’so’’", '"quoted" and "so"'),
+    ("Café ÀÉÎÕÜ naïve Ångström", "cafe aeiou naive angstrom"),
+    ("smile 😀 and 漢字 go", "smile and go"),
+    ("a\r\nb\tc\u00a0d   e \n", "a b c d e"),
+    ("zero\u200bwidth, nul\x00, bell\x07", "zerowidth, nul, bell"),
+    ("É\u0301", "e"),
+    ("漢字", ""),
+])
+def test_normalizer(text, expected):
+    assert prepare.build_normalizer().normalize_str(text) == expected
+
+
+def test_very_long_word_is_one_unknown_token(data):
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    ids = tokenizer.encode("a" * 101 + " " + "b" * 100).ids
+    assert ids[0] == cram.UNK and cram.UNK not in ids[1:]
+
+
+def test_special_tokens_come_first_and_are_not_read_from_text(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(1, 30) + " <mask> <sep>", *(
+        sentences(i, 30) for i in range(60))])
+    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 700,
+           "--seq-len", 16)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
+    assert [tokenizer.id_to_token(i) for i in range(5)] == prepare.SPECIAL_TOKENS
+    rows = np.fromfile(tmp_path / "d/train.bin", np.uint16)
+    assert not (rows == cram.MASK).any() and (rows == cram.SEP).sum() <= 61
+
+
+def reference_rows(texts, tokenizer, seq_len):
+    """Packing, as plainly as it can be said; validation documents by their hash."""
+    streams = {True: [], False: []}
+    for text in texts:
+        normal = tokenizer.normalizer.normalize_str(text)
+        held_out = prepare.hash64(normal, b"document") % prepare.VAL_SHARE == 0
+        streams[held_out] += tokenizer.encode(text, add_special_tokens=False).ids + [cram.SEP]
+    return [[tuple(stream[i : i + seq_len]) for i in range(0, len(stream) - seq_len + 1, seq_len)]
+            for stream in (streams[False], streams[True])]
+
+
+def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, monkeypatch):
+    texts = [sentences(i, 3 + i % 40) for i in range(300)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 1000,
+           "--seq-len", 32, before="it.PILE_ROWS = 100; it.READ_ROWS = 70")
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
+    train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
+    val = np.fromfile(tmp_path / "d/val.bin", "<u2").reshape(-1, 32)
+
+    expected_train, expected_val = reference_rows(texts, tokenizer, 32)
+    assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
+    assert [*map(tuple, val.tolist())] == expected_val  # not sorted
+    assert meta["train_rows"] == len(train) and meta["val_rows"] == len(val)
+    assert meta["documents_kept"] == meta["documents_read"] == 300
+
+    dots = (train == tokenizer.token_to_id(".")).sum(1)
+    assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
+    place = {row: i for i, row in enumerate(expected_train)}
+    ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
+    steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
+    assert 0.3 < (steps > 0).mean() < 0.7
+
+    text = tokenizer.decode([t for row in expected_train for t in row if t != cram.SEP])
+    words = set(text.replace(" ##", "").split())
+    assert words <= set(" ".join(texts).replace(".", " .").split()) | set(text.split()[-1:])
+
+
+def test_counts_of_what_is_dropped(tmp_path):
+    rng = random.Random(0)
+    noise = ["".join(rng.choices("!#$%&*+,-./:;<=>?@^_~0123456789", k=300)) for _ in range(7)]
+    good = [sentences(i, 30) for i in range(50)]
+    copied = "\n".join([sentences(100, 40), sentences(3, 30)])  # its second paragraph was seen
+    rows = [{"text": t} for t in [*good, *noise, "", " \n ", "漢字", good[3], good[3].upper()]]
+    rows += [{"text": copied}, {"text": None}, {"text": 5}, {"no": "text"}, [1], {"text": "x\ud800y"}]
+    lines = [json.dumps(row) for row in rows] + ["{not json", "[" * 100_000]
+    (tmp_path / "t.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d",
+           "--vocab-size", 700, "--seq-len", 32)
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    assert meta["documents_read"] == len(rows) + 3
+    assert meta["invalid"] == 7  # null, number, no column, list, not JSON, too deep, not UTF-8
+    assert meta["empty"] == 3
+    assert meta["dropped_duplicate"] == 2
+    assert meta["paragraphs_dropped_duplicate"] == 1
+    assert meta["dropped_density"] in (7, 8)  # the noise, and perhaps the short "xy"
+    assert meta["documents_kept"] + sum(meta[key] for key in (
+        "empty", "invalid", "dropped_duplicate", "dropped_density")) == meta["documents_read"]
+
+
+def test_duplicates_are_forgotten_only_when_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SEEN_SLOTS", 8)
+    seen = prepare.Seen(tmp_path / "h", 0)
+    assert not seen.add(3) and seen.add(3)
+    assert not seen.add(11) and not seen.add(3)  # same slot
+    assert not seen.add(4)
+    seen.log.flush()
+    again = prepare.Seen(tmp_path / "h", 2)  # only 3 and 11 are on record
+    assert again.add(11) and not again.add(4)
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    import datasets
+
+    texts = [sentences(i, 30) for i in range(40)]
+    rows = [{"text": t} for t in texts]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with lzma.open(tmp_path / "a.jsonl.xz", "wt") as f:
+        f.write((tmp_path / "a.jsonl").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json.gz").write_bytes(__import__("gzip").compress(
+        (tmp_path / "a.jsonl").read_bytes()))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"txt/{i:03}.txt").write_text(text)
+    hashes = set()
+    for source in ("a.jsonl", "a.jsonl.xz", "a.json", "b.json.gz", "a.parquet", "txt"):
+        out = tmp_path / ("out-" + source)
+        script("prepare.py", "--source", tmp_path / source, "--out", out, "--vocab-size", 700,
+               "--seq-len", 32)
+        hashes.add(json.loads((out / "meta.json").read_text())["train_sha256"])
+        assert not (out / "work").exists()
+    assert len(hashes) == 1
+
+
+def test_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    text = "\n".join(sentences(i, 3) for i in range(200))
+    (tmp_path / "t.txt").write_text(text)
+    parts = [part for part, _ in prepare.read_file(tmp_path / "t.txt")]
+    assert "".join(parts) == text and len(parts) > 10
+    assert all(part.endswith("\n") for part in parts[:-1])
+    cut = [*prepare.pieces("word " * 500)]
+    assert "".join(cut) == "word " * 500 and len(cut) == 3 and max(map(len, cut)) <= 1000
+    assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)  # at spaces only
+
+
+def test_hub_sources_stream_resume_and_survive_the_network(tmp_path, monkeypatch):
+    """The hub cannot be reached here: a folder laid out like a repository stands in for it."""
+    import datasets
+
+    repository = tmp_path / "c4"
+    (repository / "en").mkdir(parents=True)
+    texts = [sentences(i, 30) for i in range(50)]
+    for i in range(2):
+        write_jsonl(repository / f"en/{i}.jsonl", texts[25 * i : 25 * i + 25])
+    (repository / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n---\n")
+    monkeypatch.setitem(prepare.HUB, "c4", (str(repository), "en"))
+    source = prepare.Source("c4")
+    begin = {"documents": 0, "stream": None}
+    assert [text for text, _ in source.documents(begin)] == texts
+
+    stream = source.documents(begin)
+    for _ in range(31):
+        next(stream)
+    rest = prepare.Source("c4").documents(source.bookmark())
+    assert [text for text, _ in rest] == texts[31:]
+
+    real, failures = datasets.IterableDataset.__iter__, [1, 7, 20]
+
+    def unreliable(self):
+        rows = real(self)
+        for i in itertools.count():
+            if failures and i == failures[0]:
+                failures.pop(0)
+                raise ConnectionError("the network is gone")
+            try:
+                yield next(rows)
+            except StopIteration:
+                return
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", unreliable)
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    assert [text for text, _ in prepare.Source("c4").documents(begin)] == texts
+    assert not failures
+
+
+@pytest.fixture(scope="session")
+def larger_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("larger")
+    return write_jsonl(folder / "t.jsonl", [sentences(i, 20 + i % 60) for i in range(6000)])
+
+
+def files_of(out):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+
+def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_text, tmp_path):
+    args = ["--source", larger_text, "--vocab-size", 3000]
+    script("prepare.py", *args, "--out", tmp_path / "once",
+           before="import os; os.sched_setaffinity(0, {0})"
+           if hasattr(os, "sched_setaffinity") else "")
+    rng, kills = random.Random(1), 0
+    main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import prepare as it; "
+    command = [sys.executable, "-c", main + "it.SAVE_SECONDS = 0.05; it.main()", *map(str, args),
+               "--out", str(tmp_path / "killed")]
+    for attempt in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(rng.uniform(1.0, 5.0) if kills < 5 else 200)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    once, killed = files_of(tmp_path / "once"), files_of(tmp_path / "killed")
+    assert once.pop("meta.json") and killed.pop("meta.json") and once == killed
+
+
+def test_a_corpus_of_a_few_documents_still_has_both_splits(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
+    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 700,
+           "--seq-len", 32)
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    assert meta["train_rows"] >= 1 and meta["val_rows"] >= 1
+    train = np.fromfile(tmp_path / "d/train.bin", "<u2")
+    assert (train == cram.SEP).sum() <= 2  # one document went whole to the other side
+
+
+def test_prepare_starts_over_only_when_told(tmp_path, data):
+    source = data.parent / "text.jsonl"
+    again = ["--source", source, "--out", data, "--vocab-size", 700, "--seq-len"]
+    assert "complete already" in script("prepare.py", *again, 32)
+    assert "other seq_len" in script("prepare.py", *again, 64, code=1)
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def model_of(vocab=50, seq_len=16, layers=2, width=32, heads=4, dropout=0.0):
+    torch.manual_seed(1)
+    s = cram.Settings(layers=layers, width=width, heads=heads)
+    model = cram.CrammedBERT(s, vocab, seq_len, dropout)
+    for p in model.parameters():  # norms and scale away from 1 and 0, which would hide mistakes
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    return model.double()
+
+
+def test_parameters_at_the_papers_size():
+    with torch.device("meta"):
+        model = cram.CrammedBERT(cram.Settings(), 32_768, 128)
+    assert sum(p.numel() for p in model.parameters()) == 119_589_889
+    assert round(cram.flops_per_token(model, cram.Settings(), 128) / 1e6) == 623
+
+
+def reference_encode(w, ids, heads, keep):
+    """The crammed BERT for one row, with loops and plain formulas, in float64."""
+    def norm(x, name):
+        mean, var = x.mean(), ((x - x.mean()) ** 2).mean()
+        return (x - mean) / np.sqrt(var + 1e-12) * w[name + ".weight"] + w[name + ".bias"]
+
+    def gelu(x):
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+    T, C = len(ids), w["embed.weight"].shape[1]
+    D, layers = C // heads, 1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks"))
+    x = np.zeros((T, C))
+    for t in range(T):
+        for c in range(C):
+            angle = t / 10_000 ** (c // 2 * 2 / C)
+            x[t, c] = w["embed.weight"][ids[t], c] + w["position_scale"] * (
+                math.sin(angle) if c % 2 == 0 else math.cos(angle))
+        x[t] = norm(x[t], "embed_norm")
+    for layer in range(layers):
+        b = f"blocks.{layer}."
+        q, k, v = np.split(np.stack([w[b + "attention.qkv.weight"] @ norm(x[t], b + "norm1")
+                                     for t in range(T)]), 3, axis=1)
+        mixed = np.zeros((T, C))
+        for h in range(heads):
+            part = slice(h * D, h * D + D)
+            for t in range(T):
+                scores = [math.exp(q[t, part] @ k[u, part] / math.sqrt(D)) * keep[u]
+                          for u in range(T)]
+                for u in range(T):
+                    mixed[t, part] += scores[u] / sum(scores) * v[u, part]
+        for t in range(T):
+            x[t] += w[b + "attention.out.weight"] @ mixed[t]
+            value, gate = np.split(w[b + "ffn.up.weight"] @ norm(x[t], b + "norm2"), 2)
+            x[t] += w[b + "ffn.down.weight"] @ (value * gelu(gate))
+    return np.stack([norm(x[t], "final_norm") for t in range(T)])
+
+
+def test_forward_is_what_the_paper_says():
+    model = model_of()
+    ids = torch.randint(50, (3, 16))
+    keep = torch.ones(3, 16, dtype=torch.bool)
+    keep[1, 10:] = keep[2, 5:] = False
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    hidden = np.stack([reference_encode(weights, row, 4, k)
+                       for row, k in zip(ids.numpy(), keep.numpy())])
+    close = {"rtol": 1e-5, "atol": 1e-5}  # the table of positions is stored in float32
+    np.testing.assert_allclose(model.encode(ids, keep).detach(), hidden, **close)
+
+    logits = hidden @ weights["embed.weight"].T
+    np.testing.assert_allclose(model.logits(ids, keep).detach(), logits, **close)
+
+    hidden = reference_encode(weights, ids[0].numpy(), 4, np.ones(16))
+    scores = hidden[[3, 9]] @ weights["embed.weight"].T
+    surprise = [math.log(np.exp(row).sum()) - row[t] for row, t in zip(scores, (7, 8))]
+    loss = model(ids[:1], torch.tensor([[3, 9]]), torch.tensor([[7, 8]]))
+    assert loss.item() == pytest.approx(np.mean(surprise), abs=1e-5)
+
+
+def test_padding_changes_nothing():
+    model = model_of().eval()
+    ids = torch.randint(50, (1, 9))
+    padded = torch.cat([ids, torch.randint(50, (1, 7))], 1)
+    keep = torch.arange(16)[None] < 9
+    torch.testing.assert_close(model.encode(padded, keep)[:, :9], model.encode(ids))
+
+
+def test_dropout_only_where_asked():
+    ids = torch.randint(50, (2, 16))
+    plain, dropping = model_of().train(), model_of(dropout=0.5).train()
+    assert torch.equal(plain.encode(ids), plain.encode(ids))
+    assert not torch.equal(dropping.encode(ids), dropping.encode(ids))
+    torch.testing.assert_close(dropping.eval().encode(ids), plain.encode(ids))
+
+
+def test_initial_weights():
+    model = cram.CrammedBERT(cram.Settings(layers=2, width=128, heads=4), 1000, 128)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert abs(p.std().item() - 0.02) < 0.001 and abs(p.mean().item()) < 0.001, name
+        else:
+            value = 128**-0.5 if name == "position_scale" else float(name.endswith("weight"))
+            assert (p == value).all(), name
+
+
+# ------------------------------------------------------------------------------ the recipe
+
+
+def test_defaults_are_the_papers():
+    s = cram.Settings()
+    assert (s.hours, s.layers, s.width, s.heads) == (24, 16, 768, 12)
+    assert (s.lr, s.beta1, s.beta2, s.eps) == (1e-3, 0.9, 0.98, 1e-12)
+    assert (s.weight_decay, s.clip, s.batch, s.mask_rate) == (0.01, 0.5, 8192, 0.25)
+    g = vars(finetune_glue)
+    assert (g["MAX_LENGTH"], g["DROPOUT"], len(g["TASKS"])) == (128, 0.1, 8)
+
+
+@pytest.mark.parametrize("f, share", [(0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0),
+                                      (-1, 0.25), (2, 0)])
+def test_learning_rate(f, share):
+    assert cram.lr_at(f, 1e-3) == pytest.approx(1e-3 * share)
+
+
+def test_batch_staircase():
+    assert [cram.batch_at(f, 8192) for f in (0, 0.0374, 0.0376, 0.3, 0.5624, 0.5626, 1)] == [
+        512, 512, 1024, 4608, 7680, 8192, 8192]
+    assert [cram.batch_at(f, 32) for f in (0, 0.0376, 1)] == [2, 4, 32]
+    assert cram.batch_at(0, 1) == cram.batch_at(1, 1) == 1
+
+
+def test_weight_decay_spares_the_norms():
+    model = cram.CrammedBERT(cram.Settings(layers=1, width=8, heads=1), 20, 8)
+    with_decay, without = cram.build_optimizer(model, cram.Settings()).param_groups
+    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0)
+    assert len(without["params"]) == 8 and {p.ndim for p in without["params"]} == {1}
+    assert len(with_decay["params"]) == 6  # embedding, position scale, four matrices
+
+
+def test_masks_are_exact_and_never_the_same():
+    rows = torch.randint(5, 1000, (64, 128))
+    seen = set()
+    for seed in range(3):
+        inputs, positions, targets = cram.mask_tokens(
+            rows, 0.25, 1000, torch.Generator().manual_seed(seed))
+        assert positions.shape == (64, 32)
+        assert all(len(set(p)) == 32 for p in positions.tolist())
+        assert torch.equal(targets, rows.gather(1, positions))
+        at = inputs.gather(1, positions)
+        assert (at[:, :26] == cram.MASK).all()
+        assert (at[:, 29:] == targets[:, 29:]).all()  # 3 stay
+        assert (at[:, 26:29] != targets[:, 26:29]).float().mean() > 0.95  # 3 are random
+        untouched = torch.ones_like(rows, dtype=torch.bool).scatter(1, positions, False)
+        assert torch.equal(inputs[untouched], rows[untouched])
+        seen |= {tuple(sorted(p)) for p in positions.tolist()}
+        everywhere = torch.bincount(positions.flatten(), minlength=128)
+        assert everywhere.min() > 0 and everywhere.max() < 40
+    assert len(seen) == 3 * 64
+
+
+def test_row_order():
+    order = cram.RowOrder(10, seed=0)
+    assert order.rows_at(0, 10).tolist() == [*range(10)]
+    passes = [order.rows_at(10 * n, 10).tolist() for n in (1, 2, 3)]
+    assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 3
+    pieces = np.concatenate([order.rows_at(3 * i, 3) for i in range(12)])
+    assert pieces.tolist() == order.rows_at(0, 36).tolist()
+
+    order = cram.RowOrder(1000, seed=0)
+    order.fit(100, 300)  # 900 rows are ahead, and time for 300 of them
+    rows = order.rows_at(100, 300)
+    assert rows[0] == 100 and set(np.diff(rows)) == {3} and rows[-1] == 997
+    assert sorted(order.rows_at(400, 1000)) == [*range(1000)]  # what comes after is a whole pass
+    order.fit(200, 10_000)  # a larger budget: every row from here on
+    assert order.rows_at(200, 3).tolist() == [400, 401, 402]
+
+
+# ------------------------------------------------------------------------------ a training run
+
+
+def test_a_run_learns_and_keeps_its_books(train, data):
+    saved, log = train(steps=60)
+    s = cram.Settings(**saved["settings"])
+    rows = [cram.batch_at(k / 60, s.batch) for k in range(60)]
+    for line in log[:-1]:
+        assert line["tokens"] == 32 * sum(rows[: line["step"]])
+        assert line["lr"] == cram.lr_at((line["step"] - 1) / 60, s.lr)
+        assert line["batch"] == rows[line["step"] - 1]
+        assert line["mfu"] is None and line["tokens_per_s"] > 0
+    assert [line["step"] for line in log if "val_loss" in line] == [*range(3, 61, 3)]
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    entropy = json.loads((data / "meta.json").read_text())["unigram_entropy"]
+    assert val[-1] < val[0] - 0.3 and val[-1] < entropy
+
+    checkpoint = torch.load(train.folder / "out/ckpt.pt", weights_only=True)
+    assert same(checkpoint["model"], saved["model"])
+    assert checkpoint["result"]["val_loss"] == val[-1]
+
+
+def test_validation_loss_as_the_contract_defines_it(train, data):
+    _, log = train(steps=4)
+    model, _ = cram.load_checkpoint(train.folder / "out/ckpt.pt")
+    rows = np.fromfile(data / "val.bin", "<u2").reshape(-1, 32)[:4096].astype(int)
+    order = np.random.default_rng(0).random(rows.shape).argsort(1)
+    total = []
+    for row, positions in zip(rows, order[:, : round(0.15 * 32)]):
+        masked = row.copy()
+        masked[positions] = cram.MASK
+        with torch.no_grad():
+            logits = model.logits(torch.tensor(masked)[None])[0].double().log_softmax(-1)
+        total += [-logits[p, row[p]].item() for p in positions]
+    assert log[-1]["val_loss"] == pytest.approx(np.mean(total), abs=1e-5)
+
+
+def test_the_microbatch_changes_nothing(train):
+    whole, log = train("whole", steps=6)
+    parts, parts_log = train("parts", steps=6, microbatch=5)
+    for name, p in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
+    for a, b in zip(log, parts_log):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_gradient_of_a_step_is_that_of_its_whole_batch(train, data, monkeypatch):
+    gradients = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, largest):
+        parameters = list(parameters)
+        gradients.append([p.grad.clone() for p in parameters])
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    train(steps=1, microbatch=1, batch=48)
+    torch.manual_seed(0)
+    model = cram.CrammedBERT(cram.Settings(**TINY), json.loads(
+        (data / "meta.json").read_text())["vocab_size"], 32)
+    rows = np.fromfile(data / "train.bin", "<u2").reshape(-1, 32)
+    order = cram.RowOrder(len(rows), 0)
+    order.fit(0, 3)
+    batch = torch.from_numpy(rows[order.rows_at(0, 3)].astype(np.int64))
+    masked = cram.mask_tokens(batch, 0.25, len(model.embed.weight),
+                              torch.Generator().manual_seed(0))
+    model(*masked).backward()
+    for p, g in zip(model.parameters(), gradients[0]):
+        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_clock(train, capsys):
+    began = time.monotonic()
+    saved, log = train(hours=6 / 3600)
+    assert saved["run"]["elapsed_s"] >= 0
+    in_time = [line for line in log[:-1]]
+    assert all(line["elapsed_s"] <= 6.1 for line in in_time)
+    assert 5 < time.monotonic() - began < 9
+    last_lr = log[-1]["lr"]
+    step = saved["run"]["s_per_row"] * 32 / 6  # share of the budget that a step takes
+    assert 0 <= last_lr <= 3e-3 * 4 * max(0.02, 3 * step)
+    shares = sorted(line["progress"] for line in log if "val_loss" in line)
+    assert len(shares) >= 18
+    assert "the budget takes" in capsys.readouterr().out
+
+
+def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
+    """A step that would not fit is not begun: with steps of 0.5 s, 2.2 s hold four."""
+    real = cram.mask_tokens
+    monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.5), real(*a))[1])
+    monkeypatch.setattr(cram, "batch_at", lambda f, batch: 4)
+    saved, log = train(hours=2.3 / 3600, batch=16)
+    assert saved["run"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
+
+
+def test_fill_and_python_interface(train, data):
+    train(steps=30)
+    out = train.folder / "out"
+    printed = script("cram.py", "--out", out, "--fill", "a <mask> b <mask>.")
+    assert printed.count("<mask>:") == 2 and printed.count("%") == 10
+    assert "<mask>" in script("cram.py", "--out", out, "--fill", "nothing", code=1)
+    model, tokenizer = cram.load_checkpoint(out / "ckpt.pt", device="cpu")
+    ids = torch.tensor([tokenizer.encode("some text").ids])
+    assert model.encode(ids, torch.ones_like(ids, dtype=torch.bool)).shape == (*ids.shape, 32)
+    assert model.logits(ids).shape == (*ids.shape, tokenizer.get_vocab_size())
+    assert not model.training
+
+
+# ------------------------------------------------------------------------------ interrupted
+
+
+class StopAt:
+    """Stands in for cram.Stop: asks for a stop at the n-th microbatch after the first step."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        return self
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(train, monkeypatch):
+    """Also inside an accumulation (4 microbatches a step) and across passes over the data."""
+    flags = {"steps": 300, "microbatch": 8}
+    whole = train("whole", **flags)
+    assert whole[0]["run"]["rows"] > 5000  # some 13 passes
+    rng = random.Random(0)
+    for attempt in range(3):
+        out = f"parts{attempt}"
+        for resume in (False, True):
+            monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, 350)))
+            train(out, resume, **({} if resume else flags))
+            assert not (train.folder / out / "ckpt.pt").exists()
+        monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+        assert_same_run(train(out, resume=True), whole)
+
+
+def test_killed_at_any_moment_it_goes_on(data, tmp_path):
+    """kill -9, with last.pt written all the time. CRAM_KILLS sets how often (50 for the record)."""
+    flags = ["--data", data, *(x for k, v in TINY.items() for x in (f"--{k}", v)),
+             "--steps", 400, "--save-minutes", 1e-6]
+    before = ("real = it.torch.save; it.SAVE_SPACING = 0; "
+              "it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))")
+    script("cram.py", *flags, "--out", tmp_path / "whole")
+    rng, kills, inside = random.Random(2), 0, 0
+    wanted = int(os.environ.get("CRAM_KILLS", 5))
+    main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import cram as it; {before}; it.main()"
+    out = tmp_path / "killed"
+    while True:
+        args = ["--resume"] if (out / "last.pt").exists() else flags
+        process = subprocess.Popen(
+            [sys.executable, "-c", main, *map(str, args), "--out", str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            printed, _ = process.communicate(timeout=rng.uniform(2, 5) if kills < wanted else 200)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            inside += (out / "last.pt.part").exists()
+            continue
+        assert process.returncode == 0, printed
+        if kills >= wanted or (out / "ckpt.pt").exists():
+            break
+    print(f"{kills} kills, {inside} of them while last.pt was being written")
+    assert kills >= min(wanted, 3)
+    assert_same_run(read_run(out), read_run(tmp_path / "whole"))
+
+
+def test_signals_save_and_leave(data, tmp_path):
+    command = [sys.executable, HERE / "cram.py", "--data", data, "--out", tmp_path / "o",
+               "--hours", "0.05", *(str(x) for k, v in TINY.items() for x in (f"--{k}", v))]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "0:00:0" in line:  # the first line of the log
+                break
+        sent = time.monotonic()
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=20)
+        assert process.returncode == 0 and "go on with --resume" in printed
+        assert time.monotonic() - sent < 5
+        command = [sys.executable, HERE / "cram.py", "--out", tmp_path / "o", "--resume"]
+    assert read_run(tmp_path / "o")[0]["run"]["step"] > 1
+
+
+def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
+    monkeypatch.setattr(cram, "Stop", StopAt(5))
+    train(steps=50)
+    for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
+                         ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps")):
+        with pytest.raises(cram.CramError, match=words.replace("(", r"\(").replace(")", r"\)")):
+            train(resume=True, **flags)
+    other = train.folder / "other"
+    shutil.copytree(data, other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "train_sha256": "0" * 64}))
+    with pytest.raises(cram.CramError, match="other train_sha256"):
+        train(resume=True, data=str(other))
+
+
+def test_a_run_is_not_overwritten(train, monkeypatch):
+    monkeypatch.setattr(cram, "Stop", StopAt(5))
+    train(steps=50)
+    with pytest.raises(cram.CramError, match="--resume"):
+        train(steps=50)
+    (train.folder / "out/last.pt").unlink()  # without it there is nothing to lose
+    train(steps=50)
+    with pytest.raises(cram.CramError, match="no checkpoint"):
+        train("elsewhere", resume=True)
+
+
+def test_another_budget_on_resume(train, monkeypatch, capsys):
+    train(steps=20)
+    saved, log = train(resume=True, steps=40)
+    assert saved["run"]["step"] == 40 and log[-1]["step"] == 40
+    assert [line["step"] for line in log] == sorted(line["step"] for line in log)
+    assert "another budget" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_finite_is_skipped(train, monkeypatch):
+    real, calls = cram.CrammedBERT.forward, []
+
+    def sometimes_nan(self, *args):
+        loss = real(self, *args)
+        calls.extend([0] * torch.is_grad_enabled())
+        return loss * math.nan if len(calls) in (3, 4) and torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(cram.CrammedBERT, "forward", sometimes_nan)
+    saved, log = train(steps=8)
+    assert saved["run"]["skipped"] == 2 and saved["run"]["step"] == 8
+    assert all(p.isfinite().all() for p in saved["model"].values())
+    assert all(math.isfinite(line["loss"]) for line in log)
+
+
+def test_a_run_that_broke_down_stops_and_keeps_its_last_checkpoint(train, monkeypatch):
+    monkeypatch.setattr(cram, "Stop", StopAt(3))
+    before, _ = train(steps=100)
+    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+    real = cram.CrammedBERT.forward
+    monkeypatch.setattr(cram.CrammedBERT, "forward", lambda self, *a: real(self, *a) * math.inf)
+    with pytest.raises(cram.CramError, match="not finite in 30 steps"):
+        train(resume=True)
+    assert same(read_run(train.folder / "out")[0], before)
+
+
+def test_out_of_memory_halves_the_microbatch_and_nothing_else(train, monkeypatch, capsys):
+    whole, _ = train("whole", steps=20, microbatch=4)
+    real = cram.CrammedBERT.forward
+
+    def small_card(self, ids, *args):
+        if len(ids) > 4 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("card is full")
+        return real(self, ids, *args)
+
+    monkeypatch.setattr(cram.CrammedBERT, "forward", small_card)
+    halved, _ = train("halved", steps=20, microbatch=16)
+    assert halved["settings"]["microbatch"] <= 4
+    assert "out of memory" in capsys.readouterr().out
+    for name, p in whole["model"].items():
+        torch.testing.assert_close(halved["model"][name], p, rtol=1e-4, atol=2e-5)
+    assert halved["run"]["rows"] == whole["run"]["rows"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training(train, monkeypatch, capsys):
+    real, saves = torch.save, []
+
+    def disk(content, f):
+        saves.append(0)
+        real(content, f)
+        if len(saves) > 2 and len(saves) < 6:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk)
+    monkeypatch.setattr(cram, "SAVE_SPACING", 0)
+    saved, _ = train(steps=12, save_minutes=1e-9)
+    assert saved["run"]["step"] == 12
+    printed = capsys.readouterr().out
+    assert printed.count("No space left on device; training goes on") == 3
+    assert not list(train.folder.glob("out/*.part"))
+
+    target = train.folder / "x.pt"
+    cram.save_whole(target, {"a": 1})
+    monkeypatch.setattr(torch, "save", lambda c, f: (f.write(b"half"), (_ for _ in ()).throw(
+        RuntimeError("write failed"))))
+    with pytest.raises(OSError):
+        cram.save_whole(target, {"a": 2})
+    assert torch.load(target, weights_only=True) == {"a": 1}
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("content, args, words", [
+    (None, [], "no such file"),
+    (b"", [], "no document that can be used"),
+    (b'{"body": "x"}\n', [], 'no column "text" \\(body\\)'),
+    (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
+    (b'{"text": "too short"}\n', [], "too little text"),
+    (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
+    (b'{"text": "x"}\n', ["--tokens", 0], "at least one row"),
+])
+def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
+    if content is not None:
+        (tmp_path / "t.jsonl").write_bytes(content)
+    printed = script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d", *args,
+                     code=2 if args else 1)
+    assert __import__("re").search(words, printed), printed
+    assert "Traceback" not in printed and not (tmp_path / "d").exists()
+
+
+def test_damaged_files_lose_only_what_is_damaged(tmp_path):
+    text = "".join(json.dumps({"text": sentences(i, 20)}) + "\n" for i in range(400)).encode()
+    packed = lzma.compress(text)
+    (tmp_path / "cut.jsonl.xz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 5000}) + "\n"
+                                         + json.dumps({"text": "short"}) + "\n")
+    documents = [*prepare.read_file(tmp_path / "cut.jsonl.xz")]
+    assert len(documents) > 50 and "cut off" in documents[-1][1]
+    assert all(text for text, _ in documents[:-1])
+    limit, prepare.MAX_DOCUMENT = prepare.MAX_DOCUMENT, 1000
+    try:
+        (long, reason), short = prepare.read_file(tmp_path / "long.jsonl")
+    finally:
+        prepare.MAX_DOCUMENT = limit
+    assert long is None and "over 1,000 bytes" in reason and short == ("short", None)
+
+
+def damage(folder, what):
+    """A prepared folder with something wrong in it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if what == "cut":
+        os.truncate(folder / "train.bin", 64 * 10 + 7)
+    elif what == "ids":
+        rows = np.fromfile(folder / "train.bin", "<u2")
+        rows[:] = 60_000
+        rows.tofile(folder / "train.bin")
+    elif what == "val ids":
+        rows = np.fromfile(folder / "val.bin", "<u2")
+        rows[5] = meta["vocab_size"]
+        rows.tofile(folder / "val.bin")
+    elif what == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif what == "gone":
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("what, args, words", [
+    ("gone", [], "no prepared data"),
+    ("cut", [], "train.bin has 647 bytes and should have"),
+    ("ids", [], "token id 60000"),
+    ("val ids", [], "tokenizer ends at"),
+    ("tokenizer", [], "not the one the tokens were made with"),
+    ("", ["--hours", "0"], "--hours must be a positive number"),
+    ("", ["--hours", "-1"], "--hours must be a positive number"),
+    ("", ["--hours", "nan"], "--hours must be a positive number"),
+    ("", ["--hours", "soon"], "invalid float"),
+    ("", ["--width", "100", "--heads", "3"], "multiple of --heads"),
+    ("", ["--device", "tpu"], "cannot be used"),
+    ("", ["--recipe", "magic"], "unknown recipe"),
+    ("", ["--batch", "0"], "must be positive"),
+    ("", ["--resume"], "no checkpoint"),
+    ("", ["--fill", "a <mask>"], "no checkpoint"),
+    ("", ["--no-such-flag"], "unrecognized"),
+])
+def test_cram_says_what_is_wrong(data, tmp_path, what, args, words):
+    folder = tmp_path / "d"
+    shutil.copytree(data, folder)
+    damage(folder, what)
+    argparse_error = args[-1:] in (["soon"], ["--no-such-flag"])
+    printed = script("cram.py", "--data", folder, "--out", tmp_path / "o", "--steps", 2,
+                     *(x for k, v in TINY.items() for x in (f"--{k}", v)), *args,
+                     code=2 if argparse_error else 1)
+    assert words in printed and "Traceback" not in printed
+    assert not list((tmp_path / "o").glob("*.pt*")) if (tmp_path / "o").exists() else True
+
+
+class Mischief:
+    def __reduce__(self):
+        return os.system, ("touch mischief-was-done",)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"model": 1}), "code"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    if content == "code":
+        torch.save({"model": Mischief(), "settings": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(cram.CramError, match="not a checkpoint"):
+        cram.load_checkpoint(path)
+    printed = script("finetune_glue.py", "--task", "cola", "--ckpt", path, code=1)
+    assert "not a checkpoint" in printed and "Traceback" not in printed
+    assert not (tmp_path / "mischief-was-done").exists()
+
+
+# ------------------------------------------------------------------------------ GLUE
+
+
+def test_metrics_by_hand():
+    labels = np.array([1, 1, 1, 0, 0, 0, 0, 1])
+    guess = np.array([1, 1, 0, 0, 0, 1, 0, 0])  # tp 2, fp 1, fn 2, tn 3
+    g = finetune_glue
+    assert g.accuracy(guess, labels) == 5 / 8
+    assert g.f1(guess, labels) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert g.matthews(guess, labels) == pytest.approx((2 * 3 - 1 * 2) / math.sqrt(3 * 4 * 4 * 5))
+    assert g.pearson(np.array([1.0, 2, 3]), np.array([1.0, 2, 4])) == pytest.approx(
+        3 / math.sqrt(2 * 14 / 3))
+    one, none = np.ones(8, int), np.zeros(8, int)
+    assert g.matthews(one, labels) == g.matthews(guess, one) == g.f1(none, none) == 0
+    assert g.pearson(np.full(8, 0.1, np.float32), labels * 1.0) == 0
+    assert g.matthews(labels, labels) == pytest.approx(1)
+    assert g.matthews(1 - labels, labels) == pytest.approx(-1)
+
+
+def test_glue_examples_are_joined_and_cut():
+    a, b = [10, 11, 12, 13, 14, 15], [20, 21]
+    assert finetune_glue.join((a,), 99) == [2, *a, 3]
+    assert finetune_glue.join((a, b), 99) == [2, *a, 3, *b, 3]
+    assert finetune_glue.join((a, b), 9) == [2, 10, 11, 12, 13, 3, 20, 21, 3]
+    assert finetune_glue.join((a,), 5) == [2, 10, 11, 12, 3]
+    assert len(finetune_glue.join((a * 20, a * 30), 128)) == 128
+
+
+def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
+    for steps in (50, 5000):
+        lr = [finetune_glue.lr_at(k, steps, 1.0) for k in range(steps)]
+        assert np.argmax(lr) in (steps // 10 - 1, steps // 10) and max(lr) == 1
+        assert lr[0] == pytest.approx(10 / steps) and lr[-1] < 0.01
+        assert lr[steps // 10 + (steps - steps // 10) // 2] == pytest.approx(0.5, abs=0.02)
+
+
+def write_glue(folder, name, train=64, validation=16, **columns):
+    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
+    task, rng = finetune_glue.TASKS[name], random.Random(0)
+    for split, n in {"train": train, **dict.fromkeys(task.validation, validation)}.items():
+        rows = []
+        for i in range(n):
+            label = rng.uniform(0, 5) if task.classes == 1 else i % task.classes
+            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
+            rows.append({**row, "label": label, "idx": i, **columns})
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_all_of_glue_end_to_end(train, tmp_path):
+    train(steps=20)
+    for name in finetune_glue.TASKS:
+        write_glue(tmp_path / "glue", name)
+    ckpt = tmp_path / "out/ckpt.pt"
+    common = ["--ckpt", ckpt, "--data", tmp_path / "glue", "--epochs", 2, "--device", "cpu"]
+    script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
+    printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
+    assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
+    assert "mnli-mismatched" in printed and "average of nine" in printed and "subset" in printed
+    [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    assert run["checkpoint"] == hashlib.sha256(ckpt.read_bytes()).hexdigest()
+    for name, entry in run["tasks"].items():
+        assert [trial["seed"] for trial in entry["trials"]] == [0, 1] and entry["subset"]
+        for split in finetune_glue.TASKS[name].validation:
+            scores = [trial[split] for trial in entry["trials"]]
+            assert entry["median"][split] == pytest.approx(sum(scores) / 2)
+    nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
+    assert len(nine) == 9 and run["average"] == pytest.approx(sum(nine) / 9)
+
+    script("finetune_glue.py", "--task", "rte", "--trials", 1, "--scratch", *common)
+    runs = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    assert len(runs) == 2 and set(runs[1]["tasks"]) == {"rte"} and len(runs[0]["tasks"]) == 8
+
+
+def test_fine_tuning_learns(train, tmp_path):
+    train(steps=20)
+    write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
+    printed = script("finetune_glue.py", "--task", "sst2", "--trials", 1, "--lr", 3e-3, "--epochs", 10,
+                     "--ckpt", tmp_path / "out/ckpt.pt", "--data", tmp_path / "glue",
+                     "--device", "cpu")
+    [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    assert run["tasks"]["sst2"]["median"]["validation"] > 90, printed
+
+
+@pytest.mark.parametrize("task, columns, words", [
+    ("cola", {"label": 2}, "label 2 is not from 0 to 1"),
+    ("stsb", {"label": 5.5}, "label 5.5 is not from 0 to 5"),
+    ("cola", {"label": None}, "label None"),
+    ("cola", {"sentence": 3}, "not a string"),
+    ("nli", {}, "invalid choice"),
+    ("mrpc", {}, "no train.jsonl"),
+])
+def test_glue_says_what_is_wrong(train, tmp_path, task, columns, words):
+    train(steps=2)
+    if task in ("cola", "stsb"):
+        write_glue(tmp_path / "glue", task, **columns)
+    printed = script("finetune_glue.py", "--task", task, "--ckpt", tmp_path / "out/ckpt.pt",
+                     "--data", tmp_path / "glue", code=2 if task == "nli" else 1)
+    assert words in printed and "Traceback" not in printed
+
+
+def test_glue_needs_its_columns(train, tmp_path):
+    train(steps=2)
+    folder = write_glue(tmp_path / "glue", "cola")
+    rows = [json.dumps({"text": "x", "label": 0})] * 20
+    (folder / "cola/train.jsonl").write_text("\n".join(rows))
+    printed = script("finetune_glue.py", "--task", "cola", "--ckpt", tmp_path / "out/ckpt.pt",
+                     "--data", folder, code=1)
+    assert "needs the columns sentence and label" in printed
