@@ -326,7 +326,7 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_
     for attempt in range(40):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            process.wait(rng.uniform(1.0, 5.0) if kills < 5 else 200)
+            process.wait(rng.uniform(0.8, 2.5) if kills < 5 else 200)
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
@@ -532,18 +532,17 @@ def test_row_order():
 
 
 def test_a_run_learns_and_keeps_its_books(train, data):
-    saved, log = train(steps=60)
+    saved, log = train(steps=200)
     s = cram.Settings(**saved["settings"])
-    rows = [cram.batch_at(k / 60, s.batch) for k in range(60)]
+    rows = [cram.batch_at(k / 200, s.batch) for k in range(200)]
     for line in log[:-1]:
         assert line["tokens"] == 32 * sum(rows[: line["step"]])
-        assert line["lr"] == cram.lr_at((line["step"] - 1) / 60, s.lr)
+        assert line["lr"] == cram.lr_at((line["step"] - 1) / 200, s.lr)
         assert line["batch"] == rows[line["step"] - 1]
         assert line["mfu"] is None and line["tokens_per_s"] > 0
-    assert [line["step"] for line in log if "val_loss" in line] == [*range(3, 61, 3)]
+    assert [line["step"] for line in log if "val_loss" in line] == [*range(10, 201, 10)]
     val = [line["val_loss"] for line in log if "val_loss" in line]
-    entropy = json.loads((data / "meta.json").read_text())["unigram_entropy"]
-    assert val[-1] < val[0] - 0.3 and val[-1] < entropy
+    assert val[-1] < val[0] - 1
 
     checkpoint = torch.load(train.folder / "out/ckpt.pt", weights_only=True)
     assert same(checkpoint["model"], saved["model"])
