@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -70,13 +71,14 @@ class Settings:
     clip: float = 0.5  # largest norm of the gradient
     mask_rate: float = 0.25  # share of tokens to guess: above BERT's 15 %, rows are seen about once
 
+    seed: int = 0  # of the initial weights, the masks and the order of later passes
+
     # Machine: none of these changes what is learned, but for rounding
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 if the card has it, else fp16
     compile: bool | None = None  # torch.compile; by itself on for CUDA only
-    save_minutes: float = 5.0  # between saves of last.pt; longer if saving costs over 1 % of time
-    seed: int = 0  # of the initial weights, the masks and the order of later passes
+    save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
 
 # A resumed run may change these; all others belong to the run.
@@ -84,20 +86,16 @@ FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "prec
                   "save_minutes"}
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
-    "A10": 125, "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2, "RTX 3090": 71,
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
+    "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2, "RTX 3090": 71,
     "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
 VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
-SAVE_SPACING = 110  # times as long between saves as the last one took: they cost under 1 %
+SAVE_SHARE = 0.01  # of the time may go into saving last.pt
 MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
-
-
-class Interrupted(Exception):
-    """A stop was asked for while a step was under way."""
 
 
 class CramError(Exception):
@@ -230,10 +228,8 @@ class GatedFFN(nn.Module):
 
 
 def sinusoid(seq_len, width):
-    """Fixed positions (T, C) of "Attention is all you need": sine in even channels, cosine in odd.
-
-    >>> sinusoid(2, 4)[1]  # sin 1, cos 1, sin 0.01, cos 0.01
-    """
+    """Fixed positions (T, C) of "Attention is all you need": sine in even channels, cosine in odd,
+    so that sinusoid(2, 4)[1] is sin 1, cos 1, sin 0.01, cos 0.01."""
     angles = torch.arange(seq_len)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
@@ -275,6 +271,11 @@ def mask_tokens(rows, mask_rate, vocab_size, generator):
     return rows.scatter(1, positions, guesses), positions, targets
 
 
+def mask_seed(seed, step):
+    """Seed of a step's masks. Mixed, because the CPU's generator reads the lowest 32 bits only."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
+
+
 def lr_at(f, peak):
     """Learning rate at the share f of the budget (config bert-o4): up from 1/4, down from 3/4."""
     f = min(max(f, 0.0), 1.0)
@@ -305,7 +306,7 @@ class Data:
         self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
         self.unigram_entropy = meta.get("unigram_entropy", math.nan)
         self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
-        self.tokenizer_json = (folder / "tokenizer.json").read_text()
+        self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
         self.train = self.open_rows(folder / "train.bin", meta["train_rows"])
@@ -331,15 +332,13 @@ class RowOrder:
 
     The first pass reads the file in its order, the paper's curriculum; a budget too short for all
     of it takes every `stride`-th row, so as to get to its end. Later passes are random orders.
+
+    In the first pass, row = start_row + (position - start) * stride.
     """
 
     def __init__(self, n_rows, seed):
         self.n_rows, self.seed = n_rows, seed
         self.start, self.start_row, self.stride = 0, 0, 1.0
-        self.permutation = functools.lru_cache(1)(self.permutation)  # 8 bytes a row, kept for once
-
-    def permutation(self, n):
-        return np.random.default_rng((self.seed, n)).permutation(self.n_rows)
 
     def first_pass_end(self):
         return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
@@ -362,10 +361,16 @@ class RowOrder:
                 parts.append(np.minimum(rows, self.n_rows - 1))  # a product may round up
             else:
                 later_pass, offset = divmod(-n, self.n_rows)
-                parts.append(self.permutation(later_pass)[offset : offset + count])
+                order = permutation(self.n_rows, self.seed, later_pass)
+                parts.append(order[offset : offset + count])
             position += len(parts[-1])
             count -= len(parts[-1])
         return np.concatenate(parts)
+
+
+@functools.lru_cache(1)  # 8 bytes a row, drawn once a pass
+def permutation(n_rows, seed, later_pass):
+    return np.random.default_rng((seed, later_pass)).permutation(n_rows)
 
 
 def validation_set(data, device):
@@ -397,17 +402,20 @@ def save_whole(path, content):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def load_whole(path, device="cpu"):
+def load_whole(path):
     """A dictionary that save_whole wrote. Code that a stranger put into the file is not run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
         raise CramError(f"{path} is not a checkpoint of cram.py")
+    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    if unknown:
+        raise CramError(f"{path} was made by another version of cram.py, with {', '.join(unknown)}")
     return content
 
 
@@ -416,20 +424,14 @@ class Run:
     """Where a run stands: beside weights and optimizer, all that changes from step to step."""
 
     step: int = 0
-    rows: int = 0  # taken so far: the position in the data
+    rows: int = 0  # taken so far, which is the position in the data
     elapsed_s: float = 0.0  # on the clock, when last.pt was written
     s_per_row: float = 0.0  # of the last step
     skipped: int = 0  # steps whose loss or gradient was not finite ...
     skipped_in_a_row: int = 0  # ... and of these the latest
-    fitted: bool = False  # the order of the data to the length of the budget
-    loss: float = math.nan  # mean over the last interval of the log ...
-    loss_sum: float = 0.0  # ... and over the one that is under way
+    loss_sum: float = 0.0  # since the last line of the log
     loss_steps: int = 0
-    tokens_per_s: float = 0.0
-    timed_rows: int = 0  # rows and training time at the last line of the log
-    timed_s: float = 0.0
-    log_mark: int = 0  # lines and validations that were due so far
-    val_mark: int = 0
+    looked_at: float = 0.0  # progress when it was last asked whether a line is due
 
 
 # -------------------------------------------------------------------------------- 6. Training
@@ -462,45 +464,44 @@ class Clock:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks for a stop before the next microbatch; a second one leaves at once."""
+    """Ctrl-C and the like ask for a stop before the next microbatch; a second one leaves at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]  # Windows has no SIGHUP
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping: saving last.pt (once more to leave at once)", flush=True)
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        os.write(1, b"\nstopping; once more to leave at once\n")  # print may be under way already
 
 
-class Log:
-    """log.jsonl, and the same lines in columns on the screen."""
+def open_log(path, step):
+    """log.jsonl to append to: new, or without what a killed run wrote after the step it resumes."""
+    lines = path.read_text().splitlines() if step and path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    os.replace(part, path)
+    return open(path, "a", buffering=1)
 
-    def __init__(self, path, step):
-        """A new file; or that of the resumed run, without what came after the step it resumes."""
-        kept = []
-        if step and path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
-        self.file = open(path, "a", buffering=1)
-        print("    time   done     step  batch        lr    loss     val    tokens/s     MFU")
 
-    def line(self, e):
-        self.file.write(json.dumps(e) + "\n")
-        minutes, seconds = divmod(int(e["elapsed_s"]), 60)
-        val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
-        mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
-        print(f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02} {e['progress']:6.1%} "
-              f"{e['step']:8} {e['batch']:6} {e['lr']:9.2e} {e['loss']:7.3f} {val:>7} "
-              f"{e['tokens_per_s']:11,.0f} {mfu:>7}", flush=True)
+COLUMNS = "    time   done     step  batch        lr    loss     val    tokens/s     MFU"
+
+
+def columns(e):
+    """A line of the log for the screen."""
+    minutes, seconds = divmod(int(e["elapsed_s"]), 60)
+    loss = "-" if e["loss"] is None else f"{e['loss']:.3f}"
+    val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
+    mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
+    return (f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02} {e['progress']:6.1%} {e['step']:8} "
+            f"{e['batch']:6} {e['lr']:9.2e} {loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 
 def find_device(name, precision):
@@ -520,8 +521,15 @@ def find_device(name, precision):
     peak = None
     if device.type == "cuda" and dtype != torch.float32:
         card = torch.cuda.get_device_name(device)
-        peak = next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in card), None)
+        peak = next((1e12 * tflops for name, tflops in PEAK_TFLOPS.items()
+                     if re.search(rf"\b{name}\b", card)), None)
     return device, dtype, peak
+
+
+def can_compile(device):
+    """Whether torch.compile has what it needs: Triton, and a card from Volta on."""
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def build_optimizer(model, s):
@@ -548,8 +556,7 @@ def train(s, saved=None):
     clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
 
     with clock.part("start"):
-        data = Data(s.data)
-        out = Path(s.out)
+        data, out = Data(s.data), Path(s.out)
         out.mkdir(parents=True, exist_ok=True)
         device, dtype, peak_flops = find_device(s.device, s.precision)
         autocast = functools.partial(
@@ -557,15 +564,15 @@ def train(s, saved=None):
         )
         torch.manual_seed(s.seed)
         model = CrammedBERT(s, data.vocab_size, data.seq_len).to(device)
-        use_compile = device.type == "cuda" if s.compile is None else s.compile
+        use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
         warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's note to itself
         optimizer = build_optimizer(model, s)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator(device)
-        order = RowOrder(len(data.train), s.seed)
         val_set = validation_set(data, device)
-        run = Run()
+        order = RowOrder(len(data.train), s.seed)
+        run, new_budget = Run(), True
 
         if saved:
             differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
@@ -576,87 +583,100 @@ def train(s, saved=None):
             order.start, order.start_row, order.stride = saved["order"]
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # empty if the run was in another precision
+                scaler.load_state_dict(saved["scaler"])
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
-            if (s.hours, s.steps) != (saved["settings"]["hours"], saved["settings"]["steps"]):
-                print("another budget: the schedule goes on at what is spent / the new budget")
-                run.fitted, run.log_mark, run.val_mark = False, 0, 0
-            del saved  # 1.4 GB
+            new_budget = any(s_new != saved["settings"][key] for key, s_new in
+                             (("hours", s.hours), ("steps", s.steps)))
+            saved.clear()  # 1.4 GB
 
     budget_s = s.hours * 3600
-    interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # of the budget, to a line
+    interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # progress from line to line
     flops = flops_per_token(model, s, data.seq_len)
-    stop = None
-    sizes_compiled = set()
-    reader = ThreadPoolExecutor(1)
 
     def progress():
         return run.step / s.steps if s.steps else clock.elapsed() / budget_s
 
-    def save_last():
-        run.elapsed_s = clock.elapsed()
+    def save_last(elapsed):
+        run.elapsed_s = elapsed
         save_whole(out / "last.pt", {
             "settings": asdict(s), "data": data.identity, "run": asdict(run), "clock": clock.parts,
             "order": (order.start, order.start_row, order.stride), "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
+    # A thread reads the next rows while the card computes. How many a step takes is known only
+    # when it begins, so as many are read as it can take.
+    reader = ThreadPoolExecutor(1)
+
     def read(position):
-        """Rows for a step, on their way to the card. How many it takes is known only when it
-        begins, so these are as many as it can take. Runs in a thread while the card computes."""
         rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
         rows = torch.from_numpy(rows.astype(np.int32))
-        rows = rows.pin_memory() if device.type == "cuda" else rows
-        return rows.to(device, non_blocking=True)
-
-    def fit_order(rows_left):
-        """Once it is known how many rows the budget takes."""
-        order.fit(run.rows, rows_left)
-        run.fitted = True
-        total = run.rows + rows_left
-        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
-              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
+        return rows.pin_memory() if device.type == "cuda" else rows
 
     def accumulate(rows):
-        """Forward and backward of one step: the mean loss over its rows, the gradient left in the
-        parameters. Nothing in here waits for the card, but where a new size is compiled."""
-        generator.manual_seed((s.seed << 32) + run.step)
-        batch = mask_tokens(rows.long(), s.mask_rate, data.vocab_size, generator)
+        """Forward and backward of a step: the mean loss over its rows, the gradient left in the
+        parameters. None if a stop was asked for. Nothing in here waits for the card."""
+        rows = rows.to(device, non_blocking=device.type == "cuda").long()
+        generator.manual_seed(mask_seed(s.seed, run.step))
+        masked = mask_tokens(rows, s.mask_rate, data.vocab_size, generator)
         total = torch.zeros((), device=device)
         for i in range(0, len(rows), s.microbatch):
             if stop and stop.asked:
-                raise Interrupted
-            part = [x[i : i + s.microbatch] for x in batch]
-            size = len(part[0])
-            new = use_compile and size not in sizes_compiled
-            with clock.part("compile") if new else contextlib.nullcontext():
-                with autocast():
-                    loss = compiled(*part) * (size / len(rows))
-                scaler.scale(loss).backward()
-                total += loss.detach()
-                if new:
-                    total.item()
-                    sizes_compiled.add(size)
-                    run.timed_rows += size  # they are in no line's tokens/s
+                return None
+            micro = [x[i : i + s.microbatch] for x in masked]
+            with autocast():
+                loss = compiled(*micro) * (len(micro[0]) / len(rows))
+            scaler.scale(loss).backward()
+            total += loss.detach()
         return total
 
-    def log_line(f, measure):
-        """A line of the log, with the validation loss if `measure`; returns it."""
+    def accumulate_what_fits(rows):
+        """The same, with half as many rows at a time until the card's memory holds them."""
+        while True:
+            try:
+                return accumulate(rows)
+            except RuntimeError as error:  # each kind of device has a class of its own for this
+                if "out of memory" not in str(error).lower():
+                    raise
+            # Out of the except clause, which keeps the memory of the frames that failed
+            if min(s.microbatch, len(rows)) == 1:
+                raise CramError("a single row at a time does not fit into the card's memory")
+            s.microbatch = min(s.microbatch, len(rows)) // 2
+            print(f"out of memory: {s.microbatch} rows at a time from here on, the same recipe")
+            optimizer.zero_grad()
+            torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def log_line(f, lr, batch, measure):
+        """Write a line of the log, with the validation loss if `measure`; returns it."""
+        nonlocal timed_rows, timed_s, tokens_per_s, loss_mean
         if run.loss_steps:
-            run.loss = run.loss_sum / run.loss_steps
-            rows, seconds = run.rows - run.timed_rows, clock.training() - run.timed_s
-            run.tokens_per_s = max(0, rows) * data.seq_len / seconds
-        run.loss_sum, run.loss_steps = 0.0, 0
-        run.timed_rows, run.timed_s = run.rows, clock.training()
-        run.log_mark, run.val_mark = int(f / interval), int(20 * f)
+            loss_mean = run.loss_sum / run.loss_steps
+        if run.rows > timed_rows:
+            seconds = clock.training() - timed_s
+            tokens_per_s = (run.rows - timed_rows) * data.seq_len / seconds
         entry = {"step": run.step, "tokens": run.rows * data.seq_len,
                  "elapsed_s": clock.elapsed(), "progress": f, "lr": lr, "batch": batch,
-                 "loss": run.loss, "tokens_per_s": run.tokens_per_s,
-                 "mfu": run.tokens_per_s * flops / peak_flops if peak_flops else None}
+                 "loss": loss_mean, "tokens_per_s": tokens_per_s,
+                 "mfu": tokens_per_s * flops / peak_flops if peak_flops else None}
+        run.loss_sum, run.loss_steps = 0.0, 0
+        timed_rows, timed_s = run.rows, clock.training()
         if measure:
             with clock.part("validate"):
                 entry["val_loss"] = validate(model, autocast, val_set, s.microbatch)
-        log.line(entry)
+        print(columns(entry), flush=True)
+        try:
+            log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            print(f"log.jsonl: {error}; training goes on")
         return entry
+
+    def fit_order(rows_left):
+        order.fit(run.rows, rows_left)
+        total = run.rows + rows_left
+        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
+              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
@@ -664,11 +684,29 @@ def train(s, saved=None):
           f"{len(data.train):,} rows of {data.seq_len} tokens\n"
           f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
           "unigram entropy")
-    if s.steps and not run.fitted:
+    log = open_log(out / "log.jsonl", run.step)
+    fitted = bool(s.steps)
+    if s.steps and new_budget:
         fit_order(sum(batch_at(k / s.steps, s.batch) for k in range(run.step, s.steps)))
-    log = Log(out / "log.jsonl", run.step)
+    if run.step and new_budget:
+        print("another budget: the schedule goes on at what is spent / the new budget")
+        run.looked_at = progress()
+    stop = None
+    if use_compile:  # with gradients that reach nothing; two sizes, if the steps need several
+        with clock.part("compile"):
+            batches = {batch_at(k / 64, s.batch) for k in range(65)}
+            sizes = {b % s.microbatch or s.microbatch for b in batches if b > s.microbatch}
+            sizes |= {min(b, s.microbatch) for b in batches}
+            for size in {min(sizes), max(sizes)}:
+                accumulate_what_fits(torch.zeros(size, data.seq_len, dtype=torch.int32)).item()
+                optimizer.zero_grad()
+
     fetched = reader.submit(read, run.rows)
-    saved_at, save_took = time.monotonic(), 0.0
+    saved_at = time.monotonic()
+    first_rows, first_s = timed_rows, timed_s = run.rows, clock.training()
+    tokens_per_s, loss_mean = 0.0, None
+    print(COLUMNS)
+    stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
         f = progress()
@@ -679,25 +717,9 @@ def train(s, saved=None):
         rows = fetched.result()[:batch]
         fetched = reader.submit(read, run.rows + batch)
 
-        try:
-            loss = accumulate(rows)
-        except Interrupted:
+        loss = accumulate_what_fits(rows)
+        if loss is None:
             break  # nothing of this step has reached the weights; a resume does it again
-        except torch.OutOfMemoryError:
-            loss = None
-        if loss is None:  # out here, because an exception keeps the memory of its frames
-            if s.microbatch == 1:
-                raise CramError("a single row at a time does not fit into the card's memory")
-            s.microbatch = min(s.microbatch, batch) // 2
-            print(f"out of memory: {s.microbatch} rows at a time from here on, the same recipe")
-            optimizer.zero_grad()
-            torch.compiler.reset()
-            sizes_compiled.clear()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            fetched = reader.submit(read, run.rows)
-            continue
-
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card in a step
@@ -720,57 +742,60 @@ def train(s, saved=None):
         run.step += 1
         run.rows += batch
         run.s_per_row = (clock.training() - began) / batch
-        stop = stop or Stop()  # before the first update there was nothing to save
 
         f = progress()
-        if not run.fitted and f > 0.01 and run.step >= 5:  # now the speed is known
-            fit_order((budget_s - clock.elapsed()) / run.s_per_row)
-            fetched = reader.submit(read, run.rows)
+        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch:  # the speed is known
+            fitted = True
+            s_per_row = (clock.training() - first_s) / (run.rows - first_rows)
+            fit_order(max(0, budget_s - clock.elapsed()) / s_per_row)
+            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
 
-        measure = int(20 * f) > run.val_mark
-        if f < 1 and (measure or int(f / interval) > run.log_mark):
-            log_line(f, measure)
+        measure = int(20 * f) > int(20 * run.looked_at)
+        line = measure or int(f / interval) > int(run.looked_at / interval)
+        run.looked_at = f
+        if line and f < 1:
+            log_line(f, lr, batch, measure)
 
-        if time.monotonic() - saved_at > max(60 * s.save_minutes, SAVE_SPACING * save_took):
-            saved_at = time.monotonic()
+        cheap = clock.parts["save"] < SAVE_SHARE * clock.elapsed()
+        if cheap and time.monotonic() - saved_at > 60 * s.save_minutes:
             with clock.part("save"):
                 try:
-                    save_last()
+                    save_last(clock.elapsed())
                 except OSError as error:
                     print(f"{error}; training goes on, the last.pt from before is kept")
-            save_took = time.monotonic() - saved_at
+            saved_at = time.monotonic()
 
-    parts = {"train": clock.training(), **clock.parts}
     elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
+    parts = {"train": clock.training(), **clock.parts}
     reader.shutdown(cancel_futures=True)
-    if stop and stop.asked:
-        save_last()
+    if stop.asked:
+        save_last(elapsed)
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
-    last = log_line(progress(), measure=True)
+    last = log_line(progress(), lr, batch, measure=True)
+    save_last(elapsed)
     save_whole(out / "ckpt.pt", {
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
         "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last})
-    save_last()
 
-    tokens = run.rows * data.seq_len
-    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    tokens, cuda = run.rows * data.seq_len, device.type == "cuda"
+    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else "n/a"
+    exaflop = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
     print(f"""
 tokens           {tokens:,} in {run.rows:,} rows, {run.rows / len(data.train):.2f} passes
 steps            {run.step:,}, of which {run.skipped:,} skipped
 wall clock       {elapsed:.1f} s of {f'{s.steps:,} steps' if s.steps else f'{budget_s:.1f} s'}
                  {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
 after the clock  {clock.elapsed() - elapsed:.1f} s for the final validation and checkpoint
-peak memory      {memory if device.type == 'cuda' else 'n/a'}
-exaFLOP          {f'{elapsed * peak_flops / 1e18:.3f}' if peak_flops else 'n/a'} as the paper counts: \
-peak of the card x time; {tokens * flops / 1e18:.3f} used
-training loss    {last['loss']:.3f}
+peak memory      {memory}
+exaFLOP          {exaflop} as the paper counts (peak x time), {tokens * flops / 1e18:.3g} used
+training loss    {'n/a' if last['loss'] is None else f"{last['loss']:.3f}"}
 validation loss  {last['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
 wrote            {out / 'ckpt.pt'}""")
 
 
-# -------------------------------------------------------------------------------- 7. Using it
+# ------------------------------------------------------------------ 7. Using it, command line
 
 
 def load_checkpoint(path, device="cpu", dropout=0.0):
@@ -780,13 +805,10 @@ def load_checkpoint(path, device="cpu", dropout=0.0):
 
     Raises CramError if the file is missing, is something else, or holds code.
     """
-    content = load_whole(path, device)
+    content = load_whole(path)
     if "tokenizer" not in content:
         raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
-    try:
-        s = Settings(**content["settings"])
-    except TypeError as error:
-        raise CramError(f"{path} was made by another version of cram.py: {error}") from None
+    s = Settings(**content["settings"])
     model = CrammedBERT(s, content["vocab_size"], content["seq_len"], dropout)
     model.load_state_dict(content["model"])
     return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
@@ -820,7 +842,7 @@ def settings_for(given, resume):
         if bool(before["steps"]) != bool(s.steps) and {"hours", "steps"} & set(given):
             unit = "--steps" if before["steps"] else "--hours"
             raise CramError(f"{out} was begun with {unit}: resume it with the same kind of budget")
-        s = Settings(**{**before, **given})
+        s = Settings(**{**before, **given, "out": str(out)})
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
         raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
     check(s)
@@ -855,7 +877,8 @@ def main():
     if text is None:
         train(*settings_for(given, resume))
     else:
-        fill(Path(given.get("out", Settings.out)) / "ckpt.pt", text, given.get("device", "cpu"))
+        device, _, _ = find_device(given.get("device", "cpu"), "fp32")
+        fill(Path(given.get("out", Settings.out)) / "ckpt.pt", text, device)
 
 
 if __name__ == "__main__":

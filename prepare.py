@@ -31,7 +31,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +54,20 @@ MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise 
 TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
 LONG_PARAGRAPH = 200  # characters: a shorter line may repeat ("Chapter 1"), a longer one is a copy
 SEEN_SLOTS = 2**25  # 8-byte slots of the duplicate table: 268 MB, see `Seen`
-VAL_SHARE = 100  # one document in so many is held out for validation ...
+VAL_EVERY = 100  # one document in so many is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128)
 
 MAX_DOCUMENT = 50_000_000  # bytes on one line; what is longer is no document, and is skipped
 MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
 PIECE = 100_000  # characters handed to the tokenizer at once; also the pieces of a .txt file
-PILE_ROWS = 200_000  # rows shuffled at once in memory when ordering (51 MB at length 128)
-READ_ROWS = 65_536  # rows read at once when ordering (17 MB at length 128)
+PILE_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
+READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
 SAVE_SECONDS = 5  # between the places from which a killed run goes on
 NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes of outage
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
+
 
 def build_normalizer():
     """Lower-case ASCII, single spaces (paper section 4.4).
@@ -89,6 +90,13 @@ def build_normalizer():
     ])
 
 
+def untrained(model):
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = build_normalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
+    return tokenizer
+
+
 def train_tokenizer(texts, vocab_size):
     """WordPiece over an iterator of strings; the same text gives the same file everywhere.
 
@@ -101,30 +109,15 @@ def train_tokenizer(texts, vocab_size):
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False
     )
-    learned = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    learned.normalizer = build_normalizer()
-    learned.pre_tokenizer = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+ decides what a "." token is
+    learned = untrained(models.WordPiece(unk_token="<unk>"))
     learned.train_from_iterator(texts, trainer)
 
     words = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + words)}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
-    tokenizer.normalizer = build_normalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = untrained(
+        models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
-
-
-def pieces(text):
-    """The lines of a text, the longest cut at a space: normalising takes 20 bytes a character."""
-    for line in text.split("\n"):
-        start = 0
-        while len(line) - start > PIECE:
-            end = line.rfind(" ", start + 1, start + PIECE)
-            end = end if end > 0 else start + PIECE
-            yield line[start:end]
-            start = end
-        yield line[start:]
 
 
 # ------------------------------------------------------------------------------- 3. Sources
@@ -134,71 +127,63 @@ def pieces(text):
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
-def local_files(pattern):
-    """The files that a path, folder or glob names, sorted; an error if there is none to read."""
-    def kind(path):
-        return Path(re.sub(r"\.(gz|xz)$", "", str(path))).suffix
+def kind(path):
+    return Path(re.sub(r"\.(gz|xz)$", "", path.name)).suffix
 
+
+def local_files(pattern, out):
+    """The files that a path, folder or glob names, sorted; an error if there is none to read."""
     path = Path(pattern)
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    files = sorted(f for f in found if f.is_file())
     if path.is_dir():
-        files = [f for f in files if kind(f) in SUFFIXES]
+        found = [f for f in path.rglob("*") if kind(f) in SUFFIXES]
+    else:
+        found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
+    files = sorted(f for f in found if f.is_file() and out.resolve() not in f.resolve().parents)
     if not files:
         raise SystemExit(f"--source {pattern}: no such file. Give {', '.join(HUB)}, python-docs, "
                          f"or a path or glob of {', '.join(SUFFIXES)} files (also .gz, .xz)")
     for f in files:
-        if kind(f) not in SUFFIXES:
-            raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)} "
-                             "(also .gz, .xz)")
-        if kind(f) == ".parquet" and f.suffix != ".parquet":
-            raise SystemExit(f"{f}: parquet is compressed inside; unpack the outer {f.suffix}")
+        if kind(f) not in SUFFIXES or kind(f) == ".parquet" != f.suffix:
+            raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)}, all "
+                             "but parquet also .gz or .xz")
+    if len({kind(f) == ".parquet" for f in files}) > 1:
+        raise SystemExit(f"--source {pattern}: .parquet among other files; prepare one kind alone")
     return files
-
-
-def open_bytes(path):
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
-
-
-def byte_lines(stream):
-    """Lines of a binary stream; None for one over MAX_DOCUMENT, which is never held in memory."""
-    while line := stream.readline(MAX_DOCUMENT):
-        if len(line) < MAX_DOCUMENT or line.endswith(b"\n"):
-            yield line
-        else:
-            while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
-                pass
-            yield None
 
 
 def text_of(row, where):
     """The document in one row of a table, checked."""
     if not isinstance(row, dict) or "text" not in row:
-        columns = ", ".join(map(str, list(row)[:9])) if isinstance(row, dict) else "no columns"
-        return None, f'{where}: no column "text" ({columns})'
+        columns = ascii(list(row)[:9])[:200] if isinstance(row, dict) else "no columns"
+        return None, f'{where}: no column "text", but {columns}'
     if not isinstance(row["text"], str):
         return None, f'{where}: column "text" holds {type(row["text"]).__name__}, not a string'
     if len(row["text"]) > MAX_DOCUMENT:
         return None, f"{where}: over {MAX_DOCUMENT:,} characters"
-    return row["text"], None
+    return without_surrogates(row["text"]), None
 
 
-def parse_line(line, where):
-    try:
-        return text_of(json.loads(line.decode("utf-8-sig")), where)
-    except UnicodeDecodeError:
-        return None, f"{where}: not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return None, f"{where}: not JSON ({error})"
+def without_surrogates(text):
+    """Half a character pair, as a broken JSON escape gives it, cannot be passed to the library."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def read_jsonl(stream, path):
-    for number, line in enumerate(byte_lines(stream), 1):
+    number = 0
+    while line := stream.readline(MAX_DOCUMENT):
+        number += 1
         where = f"{path} line {number}"
-        if line is None:
+        if len(line) == MAX_DOCUMENT and not line.endswith(b"\n"):
+            while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+                pass  # to the end of the line, without holding it
             yield None, f"{where}: over {MAX_DOCUMENT:,} bytes"
         elif not line.isspace():
-            yield parse_line(line, where)
+            try:
+                yield text_of(json.loads(line.decode("utf-8-sig")), where)
+            except UnicodeDecodeError:
+                yield None, f"{where}: not UTF-8"
+            except (ValueError, RecursionError) as error:
+                yield None, f"{where}: not JSON ({error})"
 
 
 def read_json(stream, path):
@@ -222,20 +207,14 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """One document, in pieces cut at line ends so that its size is free; a piece is a document."""
-    part, size = [], 0
-    for line in itertools.chain(byte_lines(stream), [b""]):
-        if line is None:
-            yield None, f"{path}: a line over {MAX_DOCUMENT:,} bytes"
-            continue
-        part.append(line)
-        size += len(line)
-        if size >= PIECE or (line == b"" and size):
-            try:
-                yield b"".join(part).decode("utf-8"), None
-            except UnicodeDecodeError as error:
-                yield None, f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a piece)"
-            part, size = [], 0
+    """One document, in pieces that end with a line so that its size is free; each is a document."""
+    while piece := stream.read(PIECE):
+        piece += stream.readline(PIECE)
+        inside_a_line = len(piece) >= 2 * PIECE  # and perhaps inside a letter of several bytes
+        try:
+            yield piece.decode("utf-8", "ignore" if inside_a_line else "strict"), None
+        except UnicodeDecodeError as error:
+            yield None, f"{path}: not UTF-8 ({error.reason})"
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json}
@@ -243,10 +222,10 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json}
 
 def read_file(path):
     """Documents of one local file. One that breaks off (a cut download) keeps what came before."""
-    name = re.sub(r"\.(gz|xz)$", "", path.name)
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with open_bytes(path) as stream:
-            yield from READERS[Path(name).suffix](stream, path)
+        with opened(path, "rb") as stream:
+            yield from READERS[kind(path)](stream, path)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         yield None, f"{path}: the compressed file is damaged or cut off ({error})"
 
@@ -270,114 +249,110 @@ def python_docs():
         except (SyntaxError, ValueError, RecursionError):  # the parser's own test cases
             continue
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        yield "\n".join(filter(None, docs)), None
-
-
-def hub_stream(source):
-    """The `datasets` stream of a hub source or of local parquet files."""
-    import datasets  # only here: everything else works without it, and it takes seconds to import
-
-    datasets.disable_progress_bars()
-    if isinstance(source, list):
-        return datasets.load_dataset(
-            "parquet", data_files=[str(f) for f in source], split="train", streaming=True
-        )
-    repository, configuration = HUB[source]
-    try:
-        return datasets.load_dataset(repository, configuration, split="train", streaming=True)
-    except Exception as error:  # the hub's client raises whatever its HTTP library does
-        raise SystemExit(
-            f"--source {source}: cannot open {repository} on the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Without a network, use "
-            "--source python-docs or a path to text files of your own."
-        ) from None
+        yield without_surrogates("\n".join(filter(None, docs))), None
 
 
 class Source:
     """Documents of --source, from any position on.
 
-    `position` is JSON: how many documents were read and, for `datasets` streams, their state.
+    A position is JSON: {"documents": how many were read, "stream": the state of the `datasets`
+    stream, where there is one}. `bookmark` gives that behind the last document yielded.
     """
 
-    def __init__(self, name):
+    def __init__(self, name, out):
         self.name = name
-        self.files = [] if name in HUB or name == "python-docs" else local_files(name)
-        self.parquet = [f for f in self.files if f.suffix == ".parquet"]
-        if self.parquet and len(self.parquet) < len(self.files):
-            raise SystemExit(f"--source {name}: mixes .parquet with other files; prepare one kind")
-        self.position = {"documents": 0, "stream": None}
-
-    def fingerprint(self):
-        """What must be the same for a stopped run to go on."""
-        return [[str(f), f.stat().st_size] for f in self.files]
+        self.files = [] if name in HUB or name == "python-docs" else local_files(name, out)
+        self.parquet = [str(f) for f in self.files if f.suffix == ".parquet"]
+        self.begin = {"documents": 0, "stream": None}
 
     def documents(self, position):
-        """Yield (text, None) or (None, reason); `self.position` is always behind the last one."""
-        self.position = dict(position)
+        self.count, self.stream = position["documents"], None
         if self.name in HUB or self.parquet:
-            documents = self.streamed()
+            documents = self.streamed(position["stream"])
         else:
-            local = map(read_file, self.files)
-            documents = python_docs() if self.name == "python-docs" else itertools.chain(*local)
-            documents = itertools.islice(documents, position["documents"], None)
-        for text, reason in documents:
-            self.position["documents"] += 1
-            yield text, reason
-
-    def streamed(self):
-        """A `datasets` stream that survives a network that comes and goes."""
-        self.stream = hub_stream(self.parquet or self.name)
-        state, failures = self.position["stream"], 0
-        while True:
-            if state:
-                self.stream.load_state_dict(state)
-            try:
-                for row in self.stream:
-                    yield text_of(row, f"{self.name} row {self.position['documents'] + 1}")
-                    failures = 0
-                return
-            except Exception as error:  # any of four HTTP libraries; shown, and raised in the end
-                failures += 1
-                if self.parquet or failures > NETWORK_RETRIES:
-                    raise SystemExit(
-                        f"--source {self.name}: reading failed ({type(error).__name__}: {error}). "
-                        "Start the same command again to go on from here."
-                    ) from None
-                state = self.stream.state_dict()
-                tqdm.write(f"{type(error).__name__}: {error}; trying again in {2**failures} s")
-                time.sleep(2**failures)
+            documents = python_docs() if self.name == "python-docs" else (
+                itertools.chain.from_iterable(map(read_file, self.files)))
+            documents = itertools.islice(documents, self.count, None)
+        for document in documents:
+            self.count += 1
+            yield document
 
     def bookmark(self):
-        """`position` including the stream's state, which is too slow to take for every document."""
-        if self.name in HUB or self.parquet:
-            self.position["stream"] = self.stream.state_dict()
-        return dict(self.position)
+        return {"documents": self.count,
+                "stream": self.stream.state_dict() if self.stream else None}
+
+    def streamed(self, state):
+        """Rows through `datasets`, across a network that comes and goes."""
+        import datasets  # only here: it takes seconds, and most sources work without it
+
+        datasets.disable_progress_bars()
+        failures = 0
+        while True:
+            try:
+                if self.stream is None:
+                    repository, configuration = HUB.get(self.name, ("parquet", None))
+                    self.stream = datasets.load_dataset(
+                        repository, configuration, data_files=self.parquet or None, split="train",
+                        streaming=True)
+                if state:
+                    self.stream.load_state_dict(state)
+                for row in self.stream:
+                    yield text_of(row, f"{self.name} row {self.count + 1}")
+                    failures = 0
+                return
+            except Exception as error:  # of any of four HTTP libraries; shown, raised in the end
+                what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                if self.parquet:
+                    raise SystemExit(f"--source {self.name}: not a good parquet file ({what})")
+                if self.stream is None:
+                    raise SystemExit(
+                        f"--source {self.name}: cannot open {repository} on the Hugging Face hub "
+                        f"({what}). Without a network, use --source python-docs or a path to text "
+                        "files of your own.")
+                if failures == NETWORK_RETRIES:
+                    raise SystemExit(f"--source {self.name}: {what}. Start the same command again "
+                                     "to go on from here.")
+                tqdm.write(f"{what}; trying again in {2**failures} s")
+                time.sleep(2**failures)
+                failures += 1
+                state = self.stream.state_dict()
 
     def sample(self, limit):
-        """About `limit` characters for the tokenizer: a share of each local file by its size."""
-        total = sum(f.stat().st_size for f in self.files) or 1
-        quotas = [(read_file(f), limit * f.stat().st_size / total) for f in self.files]
-        if not self.files or self.parquet:
-            quotas = [(self.documents({"documents": 0, "stream": None}), limit)]
+        """About `limit` characters for the tokenizer: of local files a share of each, by size."""
+        used, due, total = 0, 0, sum(f.stat().st_size for f in self.files)
+        sources = [(limit, self.documents(self.begin))]
+        if self.files and not self.parquet:
+            sources = ((limit * f.stat().st_size / max(1, total), read_file(f))
+                       for f in self.files)
         with tqdm(desc="tokenizer", unit="char", unit_scale=True) as bar:
-            for documents, quota in quotas:
-                for text, _ in documents:
+            for share, documents in sources:
+                due += share
+                for text, _ in documents if used < due else ():
                     if text:
-                        text = without_surrogates(text)
                         yield from pieces(text)
                         bar.update(len(text))
-                        quota -= len(text)
-                        if quota <= 0:
+                        used += len(text)
+                        if used >= due:
                             break
 
 
-def without_surrogates(text):
-    """Half of a character pair, as broken JSON escapes give it, cannot be passed to the library."""
-    return text.encode("utf-8", "ignore").decode("utf-8")
+def pieces(text):
+    """A text cut at line ends, and a line longer than PIECE at spaces: normalising takes some 20
+    bytes a character, tokenizing more."""
+    start = 0
+    while start < len(text):
+        limit = start + PIECE
+        end = text.find("\n", start + 1, limit)
+        if end < 0 and limit < len(text):
+            end = text.rfind(" ", start + 1, limit)
+        end = end if end > 0 else limit
+        yield text[start:end]
+        start = end
 
 
 # ------------------------------------------------------------------------------- 4. Workers
 # One process a core normalises, tokenizes and hashes; the parent reads, decides and writes.
+
 
 def start_worker(tokenizer_json):
     """Runs once in each process. The watch ends it if the parent is killed, which tells nobody."""
@@ -386,7 +361,7 @@ def start_worker(tokenizer_json):
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
     normalizer = tokenizer.normalizer
-    tokenizer.normalizer = normalizers.Sequence([])  # the text is normalised already when it comes
+    tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
 
     def watch():
         multiprocessing.parent_process().join()
@@ -395,33 +370,29 @@ def start_worker(tokenizer_json):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def hash64(text, kind):
-    """64 bits that tell texts of a kind apart. A document of one paragraph is not its own copy."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()
-    return int.from_bytes(digest, "little")
-
-
 def tokenize(texts):
-    """All ids of some documents as one uint16 array, and a table of what they belong to.
+    """What `pack` needs of each document: (hash, [(ids, characters, hash), ...]).
 
-    Returns (ids, [(hash of the document, [(tokens, characters, hash), ...]), ...]), with a triple
-    for each paragraph, its hash 0 if it is too short to count as a copy. Paragraphs are lines; they are tokenized apart, which gives the same tokens as the joined text.
+    The triples are its paragraphs, which are lines: ids is uint16, the hash 0 for one too short to
+    be called a copy. Tokenized one by one they give the tokens of the joined text.
     """
-    table, flat = [], []
-    for text in texts:
-        text = without_surrogates(text)
-        parts = [p for p in map(normalizer.normalize_str, pieces(text)) if p]
-        table.append((hash64(" ".join(parts), b"document"), parts))
-        flat.extend(parts)
-    encodings = tokenizer.encode_batch_fast(flat, add_special_tokens=False)
-    lengths = iter([len(e) for e in encodings])
-    table = [
-        (digest, [(next(lengths), len(p),
-                   hash64(p, b"paragraph") if len(p) >= LONG_PARAGRAPH else 0) for p in parts])
-        for digest, parts in table
-    ]
-    ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), np.uint16)
-    return ids, table
+    return [tokenize_document(text) for text in texts]
+
+
+def tokenize_document(text):
+    digest, paragraphs = hashlib.blake2b(digest_size=8), []
+    for piece in pieces(text):
+        normal = normalizer.normalize_str(piece)
+        if normal:
+            [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
+            ids, long = np.array(encoding.ids, np.uint16), len(normal) >= LONG_PARAGRAPH
+            paragraphs.append((ids, len(normal), hash64(normal) if long else 0))
+            digest.update(normal.encode() + b" ")  # so no document is its own paragraph
+    return int.from_bytes(digest.digest(), "little"), paragraphs
+
+
+def hash64(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def chunks(source, position):
@@ -443,23 +414,41 @@ def chunks(source, position):
 def in_parallel(work, tokenizer_json):
     """Tokenize chunks on all cores, in order, with never more than a few in memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(cores or 1, 61)  # Windows waits for no more
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         try:
-            for chunk in work:
-                waiting.append((chunk, pool.submit(tokenize, chunk[0])))
-                if len(waiting) > 2 * cores:
-                    chunk, future = waiting.popleft()
-                    yield chunk, *future.result()
-            while waiting:
-                chunk, future = waiting.popleft()
-                yield chunk, *future.result()
+            for chunk in itertools.chain(work, [None]):
+                if chunk:
+                    waiting.append((chunk, pool.submit(tokenize, chunk[0])))
+                while waiting and (chunk is None or len(waiting) > 2 * cores):
+                    done, future = waiting.popleft()
+                    yield done, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------- 5. Filter and pack
+
+
+def write_whole(path, content):
+    """Bytes, or anything for JSON; the file is there whole or not at all."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as f:
+        f.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def open_at(path, size):
+    """A file to append to, cut back to the size it had when the progress was written."""
+    f = open(path, "r+b" if path.exists() else "w+b")
+    f.truncate(size)
+    f.seek(size)
+    return f
+
 
 class Seen:
     """Which 64-bit hashes came before, in bounded memory and exact as far as it goes.
@@ -471,8 +460,8 @@ class Seen:
 
     def __init__(self, path, entries):
         table = np.zeros(SEEN_SLOTS, np.uint64)
-        self.log = open(path, "r+b" if entries else "w+b")
-        self.log.truncate(8 * entries)
+        self.log = open_at(path, 8 * entries)
+        self.log.seek(0)
         for start in range(0, entries, 2**20):  # the last of two entries in a slot stays
             hashes = np.fromfile(self.log, np.uint64, min(2**20, entries - start))
             table[hashes % np.uint64(SEEN_SLOTS)] = hashes
@@ -491,40 +480,28 @@ class Seen:
         return False
 
 
+class TooLittleText(Exception):
+    """What the source gives is not worth keeping anything of."""
+
+
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
           "dropped_duplicate", "paragraphs_dropped_duplicate", "train_tokens", "val_tokens",
-          "val_documents", "characters_kept")
+          "val_documents", "characters_written")
 
 
-def write_json(path, data):
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w") as f:
-        json.dump(data, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+def pack(source, tokenizer_json, work, seq_len, target):
+    """Stream the source into work/train.tokens and work/val.tokens, each document ending in <sep>.
 
+    Every few seconds the files are flushed, and work/progress.json says how far they are good: a
+    killed run cuts off what lies behind and makes it again. That gives the same bytes because a
+    position is always the end of a chunk, and whether to end is asked only there.
 
-def open_at(path, size):
-    """A file to append to, cut back to the size it had when the progress was written."""
-    f = open(path, "r+b" if path.exists() else "w+b")
-    f.truncate(size)
-    f.seek(size)
-    return f
-
-
-def pack(source, tokenizer_json, work, arguments, seq_len, target):
-    """Stream the source into work/train.tokens and work/val.tokens; returns the counts.
-
-    Every few seconds the files are flushed and work/progress.json says how far they are good, so
-    that a killed run goes on from there: what lies behind is cut off and made again.
+    Returns what is in progress.json: the counts, and the reason of the first invalid document.
     """
-    progress_path = work / "progress.json"
-    progress = {"position": {"documents": 0, "stream": None}, "counts": dict.fromkeys(COUNTS, 0),
-                "seen": 0, "first_invalid": None, "arguments": arguments}
-    if progress_path.exists():
-        progress = json.loads(progress_path.read_text())
+    progress = {"position": source.begin, "counts": dict.fromkeys(COUNTS, 0), "seen": 0,
+                "first_invalid": None}
+    if (work / "progress.json").exists():
+        progress = json.loads((work / "progress.json").read_text())
         print(f"going on after {progress['position']['documents']:,} documents")
     counts = progress["counts"]
     train = open_at(work / "train.tokens", 2 * counts["train_tokens"])
@@ -536,67 +513,55 @@ def pack(source, tokenizer_json, work, arguments, seq_len, target):
             f.flush()
             os.fsync(f.fileno())
         progress["seen"] = seen.entries
-        write_json(progress_path, progress)
+        write_whole(work / "progress.json", progress)
 
-    def keep(digest, ids, parts):
-        """Write what is new of a document; False if nothing is."""
+    def take(digest, paragraphs):
+        """Write a document if it is wanted; what becomes of it, as a name in the counts."""
+        characters = sum(n + 1 for _, n, _ in paragraphs) - 1  # with the spaces between them
+        if not paragraphs:
+            return "empty"
+        if sum(len(ids) for ids, _, _ in paragraphs) >= MAX_DENSITY * characters:
+            return "dropped_density"
         if seen.add(digest):
-            return False
-        fresh, start = [], 0
-        for length, chars, paragraph in parts:
-            if paragraph and seen.add(paragraph):
-                counts["paragraphs_dropped_duplicate"] += 1
-            else:
-                fresh.append(ids[start : start + length])
-                counts["characters_kept"] += chars + 1
-            start += length
+            return "dropped_duplicate"
+        fresh = [(ids, n) for ids, n, copy in paragraphs if not (copy and seen.add(copy))]
+        counts["paragraphs_dropped_duplicate"] += len(paragraphs) - len(fresh)
         if not fresh:
-            return False
-        fresh.append(np.array([SEP], np.uint16))
-        out = np.concatenate(fresh)
-        if digest % VAL_SHARE:
+            return "dropped_duplicate"
+        out = np.concatenate([ids for ids, _ in fresh] + [np.array([SEP], np.uint16)])
+        if digest % VAL_EVERY:  # by what it says, not by its place: the same text, the same side
             train.write(out.tobytes())
             counts["train_tokens"] += len(out)
-        elif counts["val_tokens"] < VAL_MAX_ROWS * seq_len:  # a full val.bin takes no more, and
-            val.write(out.tobytes())  # its documents stay out of train.bin all the same
+        elif counts["val_tokens"] < VAL_MAX_ROWS * seq_len:
+            val.write(out.tobytes())
             counts["val_tokens"] += len(out)
             counts["val_documents"] += 1
-        return True
+        else:
+            return "documents_kept"  # val.bin is full; train.bin does not get it all the same
+        counts["characters_written"] += sum(n + 1 for _, n in fresh)
+        return "documents_kept"
 
-    last_save = time.monotonic()
-    bar = tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-               total=None if source.files else target)
-    work_list = chunks(source, progress["position"])
-    if counts["train_tokens"] >= target:
-        work_list = ()
-    for (texts, reasons, position), ids, table in in_parallel(work_list, tokenizer_json):
-        before, start = counts["train_tokens"], 0
-        counts["documents_read"] += len(texts) + len(reasons)
-        counts["invalid"] += len(reasons)
-        if reasons and progress["first_invalid"] is None:
-            progress["first_invalid"] = reasons[0]
-            tqdm.write(f"skipping what cannot be read, first: {reasons[0]}")
-        for digest, parts in table:
-            end = start + sum(length for length, _, _ in parts)
-            chars = sum(chars + 1 for _, chars, _ in parts) - 1  # with the spaces between them
-            if not parts:
-                counts["empty"] += 1
-            elif end - start >= MAX_DENSITY * chars:
-                counts["dropped_density"] += 1
-            elif not keep(digest, ids[start:end], parts):
-                counts["dropped_duplicate"] += 1
-            else:
-                counts["documents_kept"] += 1
-            start = end
-        progress["position"] = position
-        bar.update(counts["train_tokens"] - before)
-        if counts["train_tokens"] >= target:
-            break
-        if time.monotonic() - last_save > SAVE_SECONDS:
-            save()
-            last_save = time.monotonic()
+    enough = counts["train_tokens"] >= target
+    work_list = () if enough else chunks(source, progress["position"])
+    saved_at = time.monotonic()
+    with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
+              total=None if source.files else target) as bar:
+        for (_, reasons, position), documents in in_parallel(work_list, tokenizer_json):
+            counts["documents_read"] += len(documents) + len(reasons)
+            counts["invalid"] += len(reasons)
+            if reasons and not progress["first_invalid"]:
+                progress["first_invalid"] = reasons[0]
+                tqdm.write(f"skipping what cannot be read, first: {reasons[0]}")
+            for digest, paragraphs in documents:
+                counts[take(digest, paragraphs)] += 1
+            progress["position"] = position
+            bar.update(counts["train_tokens"] - bar.n)
+            if counts["train_tokens"] >= target:
+                break
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
     save()
-    bar.close()
     for f in (train, val, seen.log):
         f.close()
     if not counts["documents_kept"]:
@@ -607,44 +572,45 @@ def pack(source, tokenizer_json, work, arguments, seq_len, target):
     return progress
 
 
-class TooLittleText(Exception):
-    """What the source gives is not worth keeping anything of."""
+def split_by_hand(work, seq_len, counts):
+    """A corpus so small that no row of validation came together gives its last documents to it.
 
-
-def hold_out_the_end(work, seq_len, counts):
-    """A corpus so small that no row of validation came together gives its last documents to it."""
+    Returns the two streams in new files: those of `pack` stay as its progress.json says they are.
+    """
     train = np.fromfile(work / "train.tokens", np.uint16)
+    val = np.fromfile(work / "val.tokens", np.uint16)
     ends = np.flatnonzero(train == SEP) + 1
-    enough = ends[(len(train) - ends + counts["val_tokens"] >= seq_len) & (ends >= seq_len)]
+    enough = ends[(len(train) - ends + len(val) >= seq_len) & (ends >= seq_len)]
     if not len(enough):
         raise TooLittleText(
-            f"too little text: {len(train) + counts['val_tokens']:,} tokens are left of "
+            f"too little text: {len(train) + len(val):,} tokens are left of "
             f"{counts['documents_read']:,} documents, not enough for one row of {seq_len} to "
             "train on and another, from other documents, to validate on")
-    cut = int(enough[-1])
-    with open(work / "val.tokens", "ab") as f:
-        f.write(train[cut:].tobytes())
-    os.truncate(work / "train.tokens", 2 * cut)
-    moved = len(train) - cut
-    counts.update(train_tokens=cut, val_tokens=counts["val_tokens"] + moved,
-                  val_documents=counts["val_documents"] + int((ends > cut).sum()))
+    cut = enough[-1]
+    counts["val_documents"] += int((ends > cut).sum())
+    train[:cut].tofile(work / "train.split")
+    np.concatenate([val, train[cut:]]).tofile(work / "val.split")
+    return work / "train.split", work / "val.split"
 
 
 # ------------------------------------------------------------------------------- 6. Order
 
+
 def row_blocks(path, n_rows, seq_len):
     with open(path, "rb") as f:
-        for start in range(0, n_rows, READ_ROWS):
-            count = min(READ_ROWS, n_rows - start)
+        at_once = max(1, READ_TOKENS // seq_len)
+        for start in range(0, n_rows, at_once):
+            count = min(at_once, n_rows - start)
             yield np.fromfile(f, np.uint16, count * seq_len).reshape(count, seq_len)
 
 
 def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     """Rows with the most "." first (paper v2: short sentences first); ties in random order.
 
-    Two passes, memory of one pile. The rows of each count of "." are dealt to piles that fit into
-    memory, each at its place in the output file; then every pile is shuffled where it lies. Ties
-    would otherwise keep the order of the source, and training see one file of it after the other.
+    Two passes, memory of one pile. The rows with d dots are dealt to n[d] piles that fit into
+    memory, each with its place in the output file: the i-th row goes to pile i mod n[d], at place
+    i // n[d] in it. Then every pile is shuffled where it lies. Without this, ties would keep the
+    order of the source, and training see one file of it after the other.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
@@ -655,13 +621,14 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
 
     first_pile = np.zeros(seq_len + 2, np.int64)  # of each count, the largest count first
-    n_piles = -(-per_dots // PILE_ROWS)
+    n_piles = -(-per_dots * seq_len // PILE_TOKENS)
     sizes = []
     for dots in reversed(range(seq_len + 1)):
         first_pile[dots] = len(sizes)
         sizes += [(per_dots[dots] - k - 1) // n_piles[dots] + 1 for k in range(n_piles[dots])]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
+    out_path.unlink(missing_ok=True)  # of a run killed just before its end: no third copy
     part = out_path.with_suffix(".part")
     digest = hashlib.sha256()
     dealt = np.zeros(seq_len + 1, np.int64)
@@ -671,22 +638,21 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
             dots = (rows == dot).sum(1)
             for d in np.unique(dots):
                 mine = rows[dots == d]
-                turn = dealt[d] + np.arange(len(mine))
                 for k in range(n_piles[d]):
-                    hand = turn % n_piles[d] == k
-                    if hand.any():
-                        place = starts[first_pile[d] + k] + turn[hand][0] // n_piles[d]
+                    first = (k - dealt[d]) % n_piles[d]
+                    if first < len(mine):
+                        place = starts[first_pile[d] + k] + (dealt[d] + first) // n_piles[d]
                         f.seek(int(place) * 2 * seq_len)
-                        f.write(mine[hand].tobytes())
+                        f.write(mine[first :: n_piles[d]].tobytes())
                 dealt[d] += len(mine)
             bar.update(len(rows))
         for pile, size in enumerate(sizes):
             f.seek(int(starts[pile]) * 2 * seq_len)
             rows = np.fromfile(f, np.uint16, int(size) * seq_len).reshape(-1, seq_len)
-            rows = rows[np.random.default_rng(pile).permutation(len(rows))]
+            shuffled = rows[np.random.default_rng(pile).permutation(len(rows))].tobytes()
             f.seek(int(starts[pile]) * 2 * seq_len)
-            f.write(rows.tobytes())
-            digest.update(rows.tobytes())
+            f.write(shuffled)
+            digest.update(shuffled)
             bar.update(len(rows))
         f.flush()
         os.fsync(f.fileno())
@@ -698,6 +664,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
 # ------------------------------------------------------------------------------- 7. All together
 
+
 def check_space(out, source, target):
     """The packed tokens and their ordered copy must fit, 2 bytes a token each, and a little more."""
     tokens = target
@@ -706,7 +673,8 @@ def check_space(out, source, target):
                                                      else 6) for f in source.files) / 3)
     elif source.name == "python-docs":
         tokens = min(target, 10**7)
-    need, free = 4.4 * tokens / 1e9, shutil.disk_usage(out).free / 1e9
+    held = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())  # by a run to go on with
+    need, free = 4.4 * tokens / 1e9, (shutil.disk_usage(out).free + held) / 1e9
     print(f"disk: needs up to {need:.1f} GB while ordering, half of it afterwards; {free:.1f} free")
     if need > free:
         raise SystemExit(f"{out} has {free:.1f} GB free, and {need:.1f} GB may be needed: make "
@@ -750,10 +718,11 @@ def main():
     if args.tokens < args.seq_len:
         parser.error("--tokens must be at least one row")
 
-    source, out, work = Source(args.source), Path(args.out), Path(args.out) / "work"
+    out, work = Path(args.out), Path(args.out) / "work"
+    source = Source(args.source, out)
     arguments = {"source": args.source, "tokens": args.tokens, "vocab_size": args.vocab_size,
-                 "seq_len": args.seq_len, "files": source.fingerprint()}
-    for earlier in (out / "meta.json", work / "progress.json", work / "arguments.json"):
+                 "seq_len": args.seq_len, "files": [[str(f), f.stat().st_size] for f in source.files]}
+    for earlier in (out / "meta.json", work / "arguments.json"):
         if earlier.exists():
             found = json.loads(earlier.read_text())
             found = found.get("arguments", found)
@@ -762,6 +731,7 @@ def main():
                 raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
                                  f"another --out, or delete that folder to start over")
     if (out / "meta.json").exists():
+        shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did so
         print(f"{out} is complete already")
         return
     if args.source == "fineweb-edu":
@@ -771,36 +741,36 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, source, args.tokens)
     work.mkdir(exist_ok=True)
-    write_json(work / "arguments.json", arguments)
+    write_whole(work / "arguments.json", arguments)
 
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
-        write_json(tokenizer_path, json.loads(tokenizer.to_str()))
-    tokenizer_json = tokenizer_path.read_text()
+        write_whole(tokenizer_path, tokenizer.to_str().encode())
+    tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = tokenizer.get_vocab_size()
 
     try:
-        progress = pack(source, tokenizer_json, work, arguments, args.seq_len, args.tokens)
+        progress = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
         counts = progress["counts"]
         if counts["train_tokens"] < args.tokens:
             print(f"the source ended after {counts['train_tokens']:,} training tokens")
-        if min(counts["val_tokens"], counts["train_tokens"]) < args.seq_len:
-            hold_out_the_end(work, args.seq_len, counts)
+        train_tokens, val_tokens = work / "train.tokens", work / "val.tokens"
+        if counts["val_tokens"] < args.seq_len or counts["train_tokens"] < args.seq_len:
+            train_tokens, val_tokens = split_by_hand(work, args.seq_len, counts)
     except TooLittleText as error:
         shutil.rmtree(work)
         if not any(out.iterdir()):
             out.rmdir()
         raise SystemExit(f"--source {args.source}: {error}") from None
 
-    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
+    n_rows, sha256, entropy = order_rows(train_tokens, out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)
-    val = np.fromfile(work / "val.tokens", np.uint16)
+    val = np.fromfile(val_tokens, np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
-    val[: val_rows * args.seq_len].tofile(work / "val.bin")
-    os.replace(work / "val.bin", out / "val.bin")
-    os.replace(tokenizer_path, out / "tokenizer.json")
+    write_whole(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
+    write_whole(out / "tokenizer.json", tokenizer_json.encode())
 
     meta = {
         "source": args.source,
@@ -811,8 +781,8 @@ def main():
         **counts,
         "train_tokens": n_rows * args.seq_len,
         "val_tokens": val_rows * args.seq_len,
-        "characters_per_token": counts["characters_kept"]
-        / max(1, counts["train_tokens"] + counts["val_tokens"]),
+        "characters_per_token": counts["characters_written"]
+        / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy,
         "max_density": MAX_DENSITY,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
@@ -820,7 +790,7 @@ def main():
         "first_invalid": progress["first_invalid"],
         "arguments": arguments,
     }
-    write_json(out / "meta.json", meta)
+    write_whole(out / "meta.json", meta)
     shutil.rmtree(work)
     report(meta)
 
@@ -828,7 +798,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
         raise SystemExit(f"prepare.py stopped: {error}. Start the same command again to go on.")
     except KeyboardInterrupt:
         sys.exit("\nstopped; start the same command again to go on")

@@ -105,7 +105,7 @@ def same(a, b):
     return a == b or a != a and b != b
 
 
-TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "timed_s", "mfu")
+TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "mfu")
 
 
 def untimed(entry):
@@ -159,7 +159,7 @@ def reference_rows(texts, tokenizer, seq_len):
     streams = {True: [], False: []}
     for text in texts:
         normal = tokenizer.normalizer.normalize_str(text)
-        held_out = prepare.hash64(normal, b"document") % prepare.VAL_SHARE == 0
+        held_out = prepare.hash64(normal + " ") % prepare.VAL_EVERY == 0
         streams[held_out] += tokenizer.encode(text, add_special_tokens=False).ids + [cram.SEP]
     return [[tuple(stream[i : i + seq_len]) for i in range(0, len(stream) - seq_len + 1, seq_len)]
             for stream in (streams[False], streams[True])]
@@ -169,7 +169,7 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, monkeypatch):
     texts = [sentences(i, 3 + i % 40) for i in range(300)]
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 1000,
-           "--seq-len", 32, before="it.PILE_ROWS = 100; it.READ_ROWS = 70")
+           "--seq-len", 32, before="it.PILE_TOKENS = 3200; it.READ_TOKENS = 2240")
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
     train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
@@ -275,14 +275,14 @@ def test_hub_sources_stream_resume_and_survive_the_network(tmp_path, monkeypatch
     (repository / "README.md").write_text(
         "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n---\n")
     monkeypatch.setitem(prepare.HUB, "c4", (str(repository), "en"))
-    source = prepare.Source("c4")
+    source = prepare.Source("c4", tmp_path)
     begin = {"documents": 0, "stream": None}
     assert [text for text, _ in source.documents(begin)] == texts
 
     stream = source.documents(begin)
     for _ in range(31):
         next(stream)
-    rest = prepare.Source("c4").documents(source.bookmark())
+    rest = prepare.Source("c4", tmp_path).documents(source.bookmark())
     assert [text for text, _ in rest] == texts[31:]
 
     real, failures = datasets.IterableDataset.__iter__, [1, 7, 20]
@@ -300,7 +300,7 @@ def test_hub_sources_stream_resume_and_survive_the_network(tmp_path, monkeypatch
 
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", unreliable)
     monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-    assert [text for text, _ in prepare.Source("c4").documents(begin)] == texts
+    assert [text for text, _ in prepare.Source("c4", tmp_path).documents(begin)] == texts
     assert not failures
 
 
@@ -511,6 +511,13 @@ def test_masks_are_exact_and_never_the_same():
     assert len(seen) == 3 * 64
 
 
+def test_masks_depend_on_the_seed_and_the_step():
+    rows = torch.zeros(4, 128, dtype=torch.long)
+    draws = {tuple(cram.mask_tokens(rows, 0.25, 9, torch.Generator().manual_seed(
+        cram.mask_seed(seed, step)))[1].flatten().tolist()) for seed in (0, 1) for step in (0, 1)}
+    assert len(draws) == 4
+
+
 def test_row_order():
     order = cram.RowOrder(10, seed=0)
     assert order.rows_at(0, 10).tolist() == [*range(10)]
@@ -592,7 +599,7 @@ def test_gradient_of_a_step_is_that_of_its_whole_batch(train, data, monkeypatch)
     order.fit(0, 3)
     batch = torch.from_numpy(rows[order.rows_at(0, 3)].astype(np.int64))
     masked = cram.mask_tokens(batch, 0.25, len(model.embed.weight),
-                              torch.Generator().manual_seed(0))
+                              torch.Generator().manual_seed(cram.mask_seed(0, 0)))
     model(*masked).backward()
     for p, g in zip(model.parameters(), gradients[0]):
         torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
@@ -639,7 +646,7 @@ def test_fill_and_python_interface(train, data):
 
 
 class StopAt:
-    """Stands in for cram.Stop: asks for a stop at the n-th microbatch after the first step."""
+    """Stands in for cram.Stop: asks for a stop at the n-th microbatch."""
 
     def __init__(self, n):
         self.left = n
@@ -673,7 +680,7 @@ def test_killed_at_any_moment_it_goes_on(data, tmp_path):
     """kill -9, with last.pt written all the time. CRAM_KILLS sets how often (50 for the record)."""
     flags = ["--data", data, *(x for k, v in TINY.items() for x in (f"--{k}", v)),
              "--steps", 400, "--save-minutes", 1e-6]
-    before = ("real = it.torch.save; it.SAVE_SPACING = 0; "
+    before = ("real = it.torch.save; it.SAVE_SHARE = 1; "
               "it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))")
     script("cram.py", *flags, "--out", tmp_path / "whole")
     rng, kills, inside = random.Random(2), 0, 0
@@ -784,7 +791,7 @@ def test_out_of_memory_halves_the_microbatch_and_nothing_else(train, monkeypatch
 
     def small_card(self, ids, *args):
         if len(ids) > 4 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("card is full")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, ids, *args)
 
     monkeypatch.setattr(cram.CrammedBERT, "forward", small_card)
@@ -806,7 +813,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training(train, monkeypatch, c
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk)
-    monkeypatch.setattr(cram, "SAVE_SPACING", 0)
+    monkeypatch.setattr(cram, "SAVE_SHARE", 1)
     saved, _ = train(steps=12, save_minutes=1e-9)
     assert saved["run"]["step"] == 12
     printed = capsys.readouterr().out
@@ -828,7 +835,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training(train, monkeypatch, c
 @pytest.mark.parametrize("content, args, words", [
     (None, [], "no such file"),
     (b"", [], "no document that can be used"),
-    (b'{"body": "x"}\n', [], 'no column "text" \\(body\\)'),
+    (b'{"body": "x"}\n', [], "no column .text., but ..body"),
     (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
     (b'{"text": "too short"}\n', [], "too little text"),
     (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
