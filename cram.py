@@ -170,7 +170,7 @@ class CrammedBERT(nn.Module):
         return self.decode(self.encode(ids, keep))
 
     def forward(self, ids, positions, targets):
-        """Mean cross-entropy, in nats, of targets (B, M) at positions (B, M) of the rows ids (B, T).
+        """Mean cross-entropy, in nats, of targets (B, M) at positions (B, M) of rows ids (B, T).
 
         Only these positions are decoded: 6 % of all work, where decoding every one would be 25 %.
         """
@@ -464,7 +464,7 @@ class Clock:
 
 
 class Stop:
-    """Ctrl-C and the like ask for a stop before the next microbatch; a second one leaves at once."""
+    """Ctrl-C and the like ask for a stop before the next microbatch; a second leaves at once."""
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                if hasattr(signal, name)]  # Windows has no SIGHUP
@@ -586,8 +586,8 @@ def train(s, saved=None):
             if saved["scaler"]:  # empty if the run was in another precision
                 scaler.load_state_dict(saved["scaler"])
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
-            new_budget = any(s_new != saved["settings"][key] for key, s_new in
-                             (("hours", s.hours), ("steps", s.steps)))
+            before = saved["settings"]
+            new_budget = (s.hours, s.steps) != (before["hours"], before["steps"])
             saved.clear()  # 1.4 GB
 
     budget_s = s.hours * 3600

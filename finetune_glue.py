@@ -76,11 +76,12 @@ def f1(predicted, labels):
 
 def matthews(predicted, labels):
     """Correlation of two binary variables: 1 perfect, 0 no better than chance."""
-    return pearson((predicted == 1).astype(float), (labels == 1).astype(float))
+    return pearson(predicted == 1, labels == 1)
 
 
 def pearson(predicted, labels):
     """Linear correlation."""
+    predicted, labels = predicted.astype(float), labels.astype(float)
     x, y = predicted - np.mean(predicted), labels - np.mean(labels)
     scale = np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())
     tiny = 1e-12 * (1 + np.abs(predicted).max() * np.abs(labels).max())  # rounding of a constant
@@ -253,6 +254,9 @@ def run_trial(args, name, splits, seed):
                 ids, keep, _ = batch_of(splits[split], chosen, device)
                 outputs.append(model(ids, keep).float())
         logits = torch.cat(outputs).cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise CramError(f"{name} seed {seed} gives numbers that are not finite: it diverged, "
+                            "and has no score. A smaller --lr may help")
         predicted = logits[:, 0] if task.classes == 1 else logits.argmax(1)
         scores[split] = 100 * METRICS[task.metric](predicted, labels)
     return scores
@@ -274,11 +278,20 @@ def open_results(path, checkpoint, settings):
         except (ValueError, KeyError, TypeError):
             raise CramError(f"{path} is not a results file of this script; move it away") from None
         for run in runs:
-            if run["checkpoint"] == checkpoint and run["settings"] == settings:
+            if (run.get("checkpoint"), run.get("settings")) == (checkpoint, settings):
                 return results, run
     run = {"checkpoint": checkpoint, "settings": settings, "tasks": {}, "average": None}
     results["runs"].append(run)
     return results, run
+
+
+def entry_of(run, name, rows):
+    """The results of a task in a run; empty if there are none, or of other training rows."""
+    task = TASKS[name]
+    if run["tasks"].get(name, {}).get("train_rows") != rows:
+        run["tasks"][name] = {"metric": task.metric, "train_rows": rows,
+                              "subset": rows != task.train_rows, "trials": []}
+    return run["tasks"][name]
 
 
 def save_results(path, results):
@@ -289,6 +302,7 @@ def save_results(path, results):
 
 def summarize(run):
     """Medians over the trials of each task, and the average of the nine numbers once all are in."""
+    run["tasks"] = {name: entry for name, entry in run["tasks"].items() if entry["trials"]}
     for name, entry in run["tasks"].items():
         scores = {split: [trial[split] for trial in entry["trials"]]
                   for split in TASKS[name].validation}
@@ -298,6 +312,7 @@ def summarize(run):
     if set(run["tasks"]) == set(TASKS):
         nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
         run["average"] = sum(nine) / len(nine)
+        run["average_has_subset"] = any(entry["subset"] for entry in run["tasks"].values())
 
 
 def print_table(run):
@@ -310,7 +325,8 @@ def print_table(run):
                   f"{entry['lowest'][split]:7.1f} {entry['highest'][split]:8.1f}  "
                   f"{len(entry['trials'])}{subset}")
     if run["average"] is not None:
-        print(f"{'average of nine':22} {'':9} {run['average']:6.1f}")
+        print(f"{'average of nine':22} {'':9} {run['average']:6.1f}"
+              + ("  with a subset among them" if run["average_has_subset"] else ""))
 
 
 def main():
@@ -341,7 +357,8 @@ def main():
     max_length = min(MAX_LENGTH, len(bert.sinusoid))
     names = list(TASKS) if args.task == "all" else [args.task]
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-                "scratch": args.scratch, "data": args.data or "nyu-mll/glue"}
+                "scratch": args.scratch,
+                "data": str(Path(args.data).resolve()) if args.data else "nyu-mll/glue"}
     path = Path(args.ckpt).with_name("glue.json")
     with open(args.ckpt, "rb") as f:
         checkpoint = hashlib.file_digest(f, "sha256").hexdigest()
@@ -354,15 +371,13 @@ def main():
         rows = len(splits["train"][0])
         if rows < args.batch_size:
             raise CramError(f"{name} has {rows} training rows, fewer than --batch-size")
-        entry = run["tasks"].setdefault(name, {
-            "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows,
-            "trials": []})
-        done = {trial["seed"] for trial in entry["trials"]}
+        done = {trial["seed"] for trial in entry_of(run, name, rows)["trials"]}
         for seed in range(args.seed, args.seed + args.trials):
             if seed in done:
                 continue
             scores = run_trial(args, name, splits, seed)
-            entry["trials"].append({"seed": seed, **scores})
+            results, run = open_results(path, checkpoint, settings)  # others may have written to it
+            entry_of(run, name, rows)["trials"].append({"seed": seed, **scores})
             summarize(run)
             save_results(path, results)
             print(f"{name} seed {seed}: {task.metric} "

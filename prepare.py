@@ -4,13 +4,13 @@
     python prepare.py --source "texts/*.jsonl.xz" --out data   # your own text
     python prepare.py --source python-docs --vocab-size 4096   # no network, half a minute
 
-What happens to the text, in the order of this file: documents are read one at a time, normalised to
-lower-case ASCII, used to train a WordPiece tokenizer, tokenized in parallel, filtered, deduplicated,
-packed without padding into rows of 128, and sorted so that short sentences come first. It streams:
-memory does not grow with the corpus, and a run that was stopped goes on when started again.
+What happens to the text: it is read a document at a time, normalised to lower-case ASCII, used to
+train a WordPiece tokenizer, tokenized in parallel, filtered, deduplicated, packed without padding
+into rows of 128, and sorted so that short sentences come first. It streams: memory does not grow
+with the corpus, and a run that was stopped goes on when the same command is started again.
 
 Writes train.bin and val.bin (uint16 rows), tokenizer.json and meta.json into --out. The recipe is
-that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), sections 4.4 and 5 and its released code.
+that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), section 4.4, and its released code.
 """
 
 import argparse
@@ -566,9 +566,10 @@ def pack(source, tokenizer_json, work, seq_len, target):
         f.close()
     if not counts["documents_kept"]:
         why = progress["first_invalid"]
-        raise TooLittleText(f"no document that can be used, of {counts['documents_read']:,} read: "
-                            f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
-                            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else ""))
+        raise TooLittleText(
+            f"no document that can be used, of {counts['documents_read']:,} read: "
+            f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
+            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else ""))
     return progress
 
 
@@ -666,7 +667,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
 
 def check_space(out, source, target):
-    """The packed tokens and their ordered copy must fit, 2 bytes a token each, and a little more."""
+    """The packed tokens and their ordered copy must fit: 2 bytes a token each, a little more."""
     tokens = target
     if source.files:  # about 3.5 characters a token, text compressed at most 6 times
         tokens = min(target, sum(f.stat().st_size * (1 if f.suffix in (".txt", ".jsonl", ".json")
@@ -688,8 +689,9 @@ def report(meta):
               ("invalid", "invalid"), ("empty", "empty"), ("dropped_density", "too dense"),
               ("dropped_duplicate", "duplicate"))))
     print(f"tokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows to train on, "
-          f"{meta['val_rows']:,} rows to validate on; {meta['characters_per_token']:.2f} characters "
-          f"a token, unigram entropy {meta['unigram_entropy']:.3f} nats")
+          f"{meta['val_rows']:,} rows to validate on\n"
+          f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
+          f"{meta['unigram_entropy']:.3f} nats")
 
 
 def main():
@@ -721,7 +723,8 @@ def main():
     out, work = Path(args.out), Path(args.out) / "work"
     source = Source(args.source, out)
     arguments = {"source": args.source, "tokens": args.tokens, "vocab_size": args.vocab_size,
-                 "seq_len": args.seq_len, "files": [[str(f), f.stat().st_size] for f in source.files]}
+                 "seq_len": args.seq_len,
+                 "files": [[str(f), f.stat().st_size] for f in source.files]}
     for earlier in (out / "meta.json", work / "arguments.json"):
         if earlier.exists():
             found = json.loads(earlier.read_text())
@@ -740,12 +743,11 @@ def main():
 
     out.mkdir(parents=True, exist_ok=True)
     check_space(out, source, args.tokens)
-    work.mkdir(exist_ok=True)
-    write_whole(work / "arguments.json", arguments)
-
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
+        work.mkdir(exist_ok=True)
+        write_whole(work / "arguments.json", arguments)
         write_whole(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)

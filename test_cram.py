@@ -199,7 +199,8 @@ def test_counts_of_what_is_dropped(tmp_path):
     good = [sentences(i, 30) for i in range(50)]
     copied = "\n".join([sentences(100, 40), sentences(3, 30)])  # its second paragraph was seen
     rows = [{"text": t} for t in [*good, *noise, "", " \n ", "漢字", good[3], good[3].upper()]]
-    rows += [{"text": copied}, {"text": None}, {"text": 5}, {"no": "text"}, [1], {"text": "x\ud800y"}]
+    rows += [{"text": copied}, {"text": None}, {"text": 5}, {"no": "text"}, [1],
+             {"text": "x\ud800y"}]
     lines = [json.dumps(row) for row in rows] + ["{not json", "[" * 100_000]
     (tmp_path / "t.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d",
@@ -335,6 +336,24 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_
     assert kills >= 3
     once, killed = files_of(tmp_path / "once"), files_of(tmp_path / "killed")
     assert once.pop("meta.json") and killed.pop("meta.json") and once == killed
+
+
+def test_stopped_between_any_two_files_of_the_end_it_goes_on(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
+    args = ["--source", source, "--vocab-size", 700, "--seq-len", 32, "--out"]
+    script("prepare.py", *args, tmp_path / "once")
+    for n in range(1, 20):
+        stop = (f"import os, shutil, itertools; calls = itertools.count(1); "
+                f"at = lambda real: lambda *a, **k: real(*a, **k) if next(calls) < {n} else "
+                f"sys.exit('stopped'); os.replace, shutil.rmtree = at(os.replace), at(shutil.rmtree)")
+        out = tmp_path / str(n)
+        try:
+            script("prepare.py", *args, out, before=stop, code=1)
+        except AssertionError:
+            break  # the run was over before
+        script("prepare.py", *args, out)
+        assert files_of(out) == files_of(tmp_path / "once")
+    assert n > 7
 
 
 def test_a_corpus_of_a_few_documents_still_has_both_splits(tmp_path):
@@ -1014,8 +1033,8 @@ def test_all_of_glue_end_to_end(train, tmp_path):
 def test_fine_tuning_learns(train, tmp_path):
     train(steps=20)
     write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
-    printed = script("finetune_glue.py", "--task", "sst2", "--trials", 1, "--lr", 3e-3, "--epochs", 10,
-                     "--ckpt", tmp_path / "out/ckpt.pt", "--data", tmp_path / "glue",
+    printed = script("finetune_glue.py", "--task", "sst2", "--trials", 1, "--lr", 3e-3,
+                     "--epochs", 10, "--ckpt", tmp_path / "out/ckpt.pt", "--data", tmp_path / "glue",
                      "--device", "cpu")
     [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
     assert run["tasks"]["sst2"]["median"]["validation"] > 90, printed
