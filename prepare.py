@@ -70,7 +70,7 @@ NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes
 
 
 def build_normalizer():
-    """Lower-case ASCII, single spaces (paper section 4.4).
+    """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
     Our deviation: curly quotes and dashes become ASCII first. Dropping them, as every other
     non-ASCII character, would turn don’t into dont and 1990–1995 into 19901995, while GLUE has
@@ -83,8 +83,7 @@ def build_normalizer():
         n.Replace(Regex("[–—]"), "-"),
         n.NFD(),
         n.Lowercase(),
-        n.StripAccents(),
-        n.Replace(Regex(r"[^\s\x21-\x7e]+"), ""),
+        n.Replace(Regex(r"[^\s\x21-\x7e]+"), ""),  # the accents too, which NFD has set apart
         n.Replace(Regex(r"\s+"), " "),
         n.Strip(),
     ])
