@@ -360,8 +360,7 @@ def main():
                 "scratch": args.scratch,
                 "data": str(Path(args.data).resolve()) if args.data else "nyu-mll/glue"}
     path = Path(args.ckpt).with_name("glue.json")
-    with open(args.ckpt, "rb") as f:
-        checkpoint = hashlib.file_digest(f, "sha256").hexdigest()
+    checkpoint = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
     results, run = open_results(path, checkpoint, settings)
 
     for name in names:
