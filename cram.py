@@ -12,8 +12,8 @@ The model and recipe are those of "Cramming: Training a Language Model on a Sing
 - rows without padding; a quarter of the tokens is masked, and only that quarter is decoded;
 - one clock: learning rate and batch size follow the share of the time budget that is spent.
 
-One H200 trains at 617,000 tokens a second, 39 % of its peak; README.md has what comes of it, with the
-commands. Read from the top: settings, model, masking and schedules, data, checkpoints, training.
+One H200 trains at 617,000 tokens a second, 39 % of its peak; README.md has what comes of it, with
+the commands. The sections: settings, model, masking and schedules, data, checkpoints, training.
 """
 
 import argparse

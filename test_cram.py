@@ -4,6 +4,7 @@ Sections: preparing data, the model, the recipe, a training run, a run that is i
 bad input, GLUE. Everything runs on small text that is made here.
 """
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -236,7 +238,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     with lzma.open(tmp_path / "a.jsonl.xz", "wt") as f:
         f.write((tmp_path / "a.jsonl").read_text())
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "b.json.gz").write_bytes(__import__("gzip").compress(
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(
         (tmp_path / "a.jsonl").read_bytes()))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "txt").mkdir()
@@ -345,7 +347,8 @@ def test_stopped_between_any_two_files_of_the_end_it_goes_on(tmp_path):
     for n in range(1, 20):
         stop = (f"import os, shutil, itertools; calls = itertools.count(1); "
                 f"at = lambda real: lambda *a, **k: real(*a, **k) if next(calls) < {n} else "
-                f"sys.exit('stopped'); os.replace, shutil.rmtree = at(os.replace), at(shutil.rmtree)")
+                f"sys.exit('stopped'); os.replace = at(os.replace); "
+                f"shutil.rmtree = at(shutil.rmtree)")
         out = tmp_path / str(n)
         try:
             script("prepare.py", *args, out, before=stop, code=1)
@@ -865,7 +868,7 @@ def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
         (tmp_path / "t.jsonl").write_bytes(content)
     printed = script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d", *args,
                      code=2 if args else 1)
-    assert __import__("re").search(words, printed), printed
+    assert re.search(words, printed), printed
     assert "Traceback" not in printed and not (tmp_path / "d").exists()
 
 
@@ -1034,7 +1037,8 @@ def test_fine_tuning_learns(train, tmp_path):
     train(steps=20)
     write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
     printed = script("finetune_glue.py", "--task", "sst2", "--trials", 1, "--lr", 3e-3,
-                     "--epochs", 10, "--ckpt", tmp_path / "out/ckpt.pt", "--data", tmp_path / "glue",
+                     "--epochs", 10, "--ckpt", tmp_path / "out/ckpt.pt",
+                     "--data", tmp_path / "glue",
                      "--device", "cpu")
     [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
     assert run["tasks"]["sst2"]["median"]["validation"] > 90, printed
