@@ -774,8 +774,8 @@ def train(s, saved=None):
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
-    last = log_line(progress(), lr, batch, measure=True)
     save_last(elapsed)
+    last = log_line(progress(), lr, batch, measure=True)
     save_whole(out / "ckpt.pt", {
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
         "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last})
