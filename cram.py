@@ -4,6 +4,7 @@
     python cram.py --hours 24                 # data/ -> out/ckpt.pt
     python cram.py --resume                   # go on where a stopped run is
     python cram.py --fill "paris is the <mask> of france."
+    python cram.py --export bert              # a folder for Hugging Face transformers
 
 The model and recipe are those of "Cramming: Training a Language Model on a Single GPU in One Day"
 (Geiping & Goldstein, arXiv 2212.14034, version 2). What differs from an ordinary BERT:
@@ -37,9 +38,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # -------------------------------------------------------------------------------- 1. Settings
 
@@ -48,31 +52,41 @@ from tokenizers import Tokenizer
 class Settings:
     """Every setting of a run. Each is a flag of the same name, its comment the flag's help."""
 
+    recipe: str = "crammed"  # crammed: the paper's, below; modern: ours, RECIPES says what differs
+
     # Budget
     hours: float = 24.0  # wall-clock budget in hours, compilation included
     steps: int = 0  # budget in optimizer steps instead, which makes a run repeatable; 0 = --hours
-    recipe: str = "crammed"  # crammed: the paper's
 
     # Folders
     data: str = "data"  # what prepare.py wrote
     out: str = "out"  # where last.pt, ckpt.pt and log.jsonl go
 
     # Model: paper section 4.2
+    model: str = "crammed"  # crammed: the paper's; modernbert: what --export can write
     layers: int = 16  # transformer blocks
     width: int = 768  # C, channels
     heads: int = 12  # attention heads of width / heads channels
 
     # Optimization: paper section 4.3
-    batch: int = 8192  # rows per optimizer step after the ramp, which starts at 1/16 of it
-    lr: float = 1e-3  # peak learning rate, at 3/4 of the budget
+    optimizer: str = "adamw"  # of the blocks' matrices, adamw or muon; all else is adamw's
+    batch: int = 8192  # rows per optimizer step after the ramp
+    ramp: float = 0.6  # share of the budget over which the batch grows from 1/16; 0: no growth
+    lr: float = 1e-3  # peak learning rate
+    lr_start: float = 0.25  # share of it to start with
+    warmup: float = 0.75  # share of the budget until the peak
+    decay: float = 0.25  # share of the budget, the last one, over which it falls to zero
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW
     eps: float = 1e-12  # AdamW
     weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on norms
     clip: float = 0.5  # largest norm of the gradient
-    mask_rate: float = 0.25  # share of tokens to guess: above BERT's 15 %, rows are seen about once
 
-    seed: int = 0  # of the initial weights, the masks and the order of later passes
+    # Data
+    mask_rate: float = 0.25  # share of tokens to guess: above BERT's 15 %, rows are seen about once
+    order: str = "file"  # of the first pass: the file's, short sentences first; or random
+
+    seed: int = 0  # of the initial weights, the masks and the order of random passes
 
     # Machine: none of these changes what is learned, but for rounding
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
@@ -81,6 +95,15 @@ class Settings:
     compile: bool | None = None  # torch.compile; by itself on for CUDA only
     save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
+
+RECIPES = {  # what a recipe sets where the command line does not
+    "crammed": {},
+    "modern": {
+        "model": "modernbert", "optimizer": "muon", "batch": 512, "ramp": 0.0, "lr": 2e-3,
+        "lr_start": 0.0, "warmup": 0.03, "decay": 0.7, "weight_decay": 0.05, "clip": 1.0,
+        "order": "random",
+    },
+}
 
 # A resumed run may change these; all others belong to the run.
 FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
@@ -92,11 +115,16 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDI
     "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
 }
 
+ROPE_THETA = 10_000.0  # the slowest pair of channels turns by one in so many positions
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
 VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
 SAVE_SHARE = 0.01  # of the time may go into saving last.pt
 MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
+
+
+WORDS = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "optimizer": ("adamw", "muon"),
+         "order": ("file", "random"), "precision": ("auto", "bf16", "fp16", "fp32")}
 
 
 class CramError(Exception):
@@ -109,17 +137,20 @@ def check(s):
         raise CramError(f"--hours must be a positive number of hours, not {s.hours}")
     if s.steps < 0:
         raise CramError(f"--steps must be a positive number of steps, not {s.steps}")
-    if s.recipe != "crammed":
-        raise CramError(f'unknown recipe "{s.recipe}": there is crammed')
+    for name, words in WORDS.items():
+        if getattr(s, name) not in words:
+            raise CramError(f"--{name} must be {' or '.join(words)}, not {getattr(s, name)}")
     for name in ("layers", "width", "heads", "batch", "microbatch", "lr", "clip", "save_minutes"):
         if not getattr(s, name) > 0:
             raise CramError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
-    if s.width % s.heads or s.width % 2:
-        raise CramError(f"--width {s.width} must be even and a multiple of --heads {s.heads}")
+    if s.width % (2 * s.heads):
+        raise CramError(f"--width {s.width} must be a multiple of twice --heads {s.heads}")
     if not 0 < s.mask_rate < 1:
         raise CramError(f"--mask-rate must be between 0 and 1, not {s.mask_rate}")
-    if s.precision not in ("auto", "bf16", "fp16", "fp32"):
-        raise CramError(f"--precision must be auto, bf16, fp16 or fp32, not {s.precision}")
+    for name in ("ramp", "lr_start", "warmup", "decay"):
+        if not 0 <= getattr(s, name) <= 1:
+            raise CramError(f"--{name.replace('_', '-')} is a share, from 0 to 1, not "
+                            f"{getattr(s, name)}")
     if not 0 <= s.seed < 2**31:
         raise CramError(f"--seed must be from 0 to 2**31 - 1, not {s.seed}")
 
@@ -128,43 +159,68 @@ def check(s):
 
 
 class CrammedBERT(nn.Module):
-    """Token ids (B, T) in, hidden states (B, T, C) out; 119.6 M parameters at the paper's size."""
+    """Token ids (B, T) in, hidden states (B, T, C) out; 119.6 M parameters at the paper's size.
+
+    With --model modernbert it is what Hugging Face transformers calls ModernBERT, with global
+    attention everywhere: rotary positions instead of the sinusoid, norms without bias, no norm at
+    the entrance of the first block (the embedding's has just done it), a head before the decoder.
+    """
 
     def __init__(self, s, vocab_size, seq_len, dropout=0.0):
         super().__init__()
+        modern = s.model == "modernbert"
+        norm = functools.partial(
+            nn.LayerNorm, s.width, eps=1e-5 if modern else 1e-12, bias=not modern)
+        self.seq_len = seq_len
         self.embed = nn.Embedding(vocab_size, s.width)
-        self.position_scale = nn.Parameter(torch.empty(()))
-        self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
-        self.embed_norm = nn.LayerNorm(s.width, eps=1e-12)
+        if modern:
+            self.register_buffer("rotary", rotary(seq_len, s.width // s.heads), persistent=False)
+        else:
+            self.position_scale = nn.Parameter(torch.empty(()))
+            self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
+        self.embed_norm = norm()
         self.dropout = nn.Dropout(dropout)  # 0 in pretraining: no row is seen often enough
-        self.blocks = nn.ModuleList(Block(s.width, s.heads, dropout) for _ in range(s.layers))
-        self.final_norm = nn.LayerNorm(s.width, eps=1e-12)
+        self.blocks = nn.ModuleList(Block(s, norm, dropout) for _ in range(s.layers))
+        if modern:
+            self.blocks[0].norm1 = nn.Identity()
+        self.final_norm = norm()
+        self.head = (nn.Sequential(nn.Linear(s.width, s.width, bias=False), nn.GELU(), norm())
+                     if modern else nn.Identity())
         self.init_weights()
 
     def init_weights(self):
         """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C)."""
-        nn.init.constant_(self.position_scale, self.embed.embedding_dim**-0.5)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim == 0:
+                nn.init.constant_(p, self.embed.embedding_dim**-0.5)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
-    def encode(self, ids, keep=None):
-        """Hidden states (B, T, C) of ids (B, T); keep (B, T) is False where there is padding."""
+    def encode(self, ids, keep=None, positions=None):
+        """Hidden states (B, T, C) of ids (B, T); keep (B, T) is False where there is padding.
+        With positions (B, M), only theirs: (B, M, C)."""
         T = ids.shape[1]
-        if T > len(self.sinusoid):
-            raise CramError(f"{T} tokens, but this model reads at most {len(self.sinusoid)}")
-        x = self.embed(ids) + self.position_scale * self.sinusoid[:T]
+        if T > self.seq_len:
+            raise CramError(f"{T} tokens, but this model reads at most {self.seq_len}")
+        x, turn = self.embed(ids), None
+        if hasattr(self, "rotary"):
+            turn = self.rotary[:, :T]
+        else:
+            x = x + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
+        if torch.is_autocast_enabled(x.device.type):  # halves the traffic of all sums and norms
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = None if keep is None else keep[:, None, None, :]  # of every head and every query
-        for block in self.blocks:
-            x = block(x, mask)
+        for block in self.blocks[:-1]:
+            x = block(x, mask, turn)
+        x = self.blocks[-1](x, mask, turn, positions)
         return self.final_norm(x)
 
     def decode(self, x):
-        """Logits (..., V) of hidden states (..., C), with the embedding as the matrix: no head."""
-        return F.linear(x, self.embed.weight)
+        """Logits (..., V) of hidden states (..., C), with the embedding as the last matrix."""
+        return F.linear(self.head(x), self.embed.weight)
 
     def logits(self, ids, keep=None):
         """Logits (B, T, V) at every position; keep as in `encode`."""
@@ -175,24 +231,27 @@ class CrammedBERT(nn.Module):
 
         Only these positions are decoded: 6 % of all work, where decoding every one would be 25 %.
         """
-        x = self.encode(ids)
-        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
-        return F.cross_entropy(self.decode(x).flatten(0, 1), targets.flatten())
+        logits = self.decode(self.encode(ids, positions=positions))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Block(nn.Module):
     """Pre-norm: the sum x runs through all blocks without a norm in its way."""
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, s, norm, dropout):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.attention = Attention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-12)
-        self.ffn = GatedFFN(width)
+        self.norm1 = norm()
+        self.attention = Attention(s.width, s.heads, dropout)
+        self.norm2 = norm()
+        self.ffn = GatedFFN(s.width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask):
-        x = x + self.dropout(self.attention(self.norm1(x), mask))
+    def forward(self, x, mask, turn, positions=None):
+        y = self.attention(self.norm1(x), mask, turn)
+        if positions is not None:  # in the last block: nobody looks at the others any more
+            positions = positions[:, :, None].expand(-1, -1, x.shape[2])
+            x, y = x.gather(1, positions), y.gather(1, positions)  # (B, M, C)
+        x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.norm2(x)))
 
 
@@ -203,29 +262,36 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, turn):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(  # each (B, heads, T, C / heads)
+        q, k, v = (linear(x).view(B, T, self.heads, C // self.heads).transpose(1, 2)
+                   for linear in (self.q, self.k, self.v))
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        x = F.scaled_dot_product_attention(  # each (B, heads, T, D), D = C / heads
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )
         return self.out(x.transpose(1, 2).reshape(B, T, C))
 
 
 class GatedFFN(nn.Module):
-    """x · GELU(gate): the second half of the inner layer opens and closes the first."""
+    """up(x) · GELU(gate(x)): one half of the inner layer opens and closes the other.
+
+    Two matrices where others split the output of one (as with q, k and v): the backward pass then
+    has no gradients to copy together, and a step takes some 5 % less.
+    """
 
     def __init__(self, width):
         super().__init__()
-        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.gate = nn.Linear(width, 2 * width, bias=False)
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x):
-        x, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(x * F.gelu(gate))
+        return self.down(self.up(x) * F.gelu(self.gate(x)))
 
 
 def sinusoid(seq_len, width):
@@ -233,6 +299,20 @@ def sinusoid(seq_len, width):
     so that sinusoid(2, 4)[1] is sin 1, cos 1, sin 0.01, cos 0.01."""
     angles = torch.arange(seq_len)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def rotary(seq_len, D):
+    """Cosine and sine (2, T, D / 2) of the angle by which each pair of channels turns (RoFormer)."""
+    angles = torch.arange(seq_len)[:, None] * ROPE_THETA ** (-torch.arange(0, D, 2) / D)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, turn):
+    """x (B, heads, T, D) with the pairs of channels (i, i + D / 2) turned by their position, so
+    that the product of a query and a key depends on how far apart they are."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = turn
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def flops_per_token(model, s, seq_len):
@@ -277,20 +357,26 @@ def mask_seed(seed, step):
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
-def lr_at(f, peak):
-    """Learning rate at the share f of the budget (config bert-o4): up from 1/4, down from 3/4."""
-    f = min(max(f, 0.0), 1.0)
-    return peak * min(0.25 + f, 4 * (1 - f))
+def lr_at(f, s):
+    """Learning rate at the share f of the budget: up, flat, down to zero.
+
+    The paper's (config bert-o4) is lr · min(0.25 + f, 4 (1 - f)), with its peak at f = 0.75.
+    """
+    up = s.lr_start + (1 - s.lr_start) * f / s.warmup if s.warmup else 1.0
+    down = (1 - f) / s.decay if s.decay else 1.0
+    return s.lr * max(0.0, min(up, 1.0, down))
 
 
-def batch_at(f, batch):
-    """Rows per step at the share f of the budget: 512, 1024, ... up to 8192 at f = 0.5625.
+def batch_at(f, s):
+    """Rows per step at the share f of the budget; the paper's: 512, 1024, ... 8192 at f = 0.5625.
 
     Small batches learn more per token at first, large ones at the end. In the original the size of
     a stair is the microbatch, a hidden setting; here it is 1/16 of the batch on every card.
     """
-    stair = max(1, batch // 16)
-    return min(stair * (1 + int(16 * f / 0.6)), batch)
+    if not s.ramp:
+        return s.batch
+    stair = max(1, s.batch // 16)
+    return min(stair * (1 + int(16 * f / s.ramp)), s.batch)
 
 
 # -------------------------------------------------------------------------------- 4. Data
@@ -305,6 +391,7 @@ class Data:
             raise CramError(f"no prepared data in {folder}: run prepare.py --out {folder} first")
         meta = json.loads((folder / "meta.json").read_text())
         self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
+        self.source = meta["source"]
         self.unigram_entropy = meta.get("unigram_entropy", math.nan)
         self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -332,14 +419,15 @@ class RowOrder:
     """Which row of train.bin comes at which position of a run.
 
     The first pass reads the file in its order, the paper's curriculum; a budget too short for all
-    of it takes every `stride`-th row, so as to get to its end. Later passes are random orders.
+    of it takes every `stride`-th row, so as to get to its end. Later passes are random orders, and
+    with --order random there are no others.
 
     In the first pass, row = start_row + (position - start) * stride.
     """
 
-    def __init__(self, n_rows, seed):
-        self.n_rows, self.seed = n_rows, seed
-        self.start, self.start_row, self.stride = 0, 0, 1.0
+    def __init__(self, n_rows, s):
+        self.n_rows, self.seed = n_rows, s.seed
+        self.start, self.start_row, self.stride = 0, 0 if s.order == "file" else n_rows, 1.0
 
     def first_pass_end(self):
         return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
@@ -464,6 +552,56 @@ class Clock:
             self.parts[name] += time.monotonic() - began
 
 
+class Team:
+    """The processes of a run, one for each GPU, when torchrun starts several; else one, alone.
+
+    All hold the same weights and go through the same steps, each with its share of the rows. The
+    one of rank 0 speaks: it prints, logs and saves.
+    """
+
+    def __init__(self):
+        self.rank, self.size = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    def join(self, device):
+        """Meet the others. gloo carries numbers of this program, NCCL what is on the cards."""
+        if self.size > 1:
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    def share(self, rows):
+        """This process's part of something that can be sliced."""
+        n = len(rows)
+        return rows[n * self.rank // self.size : n * (self.rank + 1) // self.size]
+
+    def agree(self, *numbers):
+        """For each number the largest that any of the processes has."""
+        if self.size == 1:
+            return numbers
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        self.call(dist.all_reduce, numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def sum(self, tensors):
+        """Replace the tensors by their sums over the processes, all in one message.
+
+        DistributedDataParallel would send the first gradients while the last are still computed,
+        but a compiled backward pass hands them over all at once.
+        """
+        if self.size > 1:
+            vector = nn.utils.parameters_to_vector(tensors)
+            self.call(dist.all_reduce, vector)
+            nn.utils.vector_to_parameters(vector, tensors)
+
+    def call(self, collective, *arguments):
+        try:
+            collective(*arguments)
+        except RuntimeError as error:
+            raise CramError(f"rank {self.rank} has lost another process of the run ({error}). When "
+                            "what ended it is mended, go on with --resume") from None
+
+
 class Stop:
     """Ctrl-C and the like ask for a stop before the next microbatch; a second leaves at once."""
 
@@ -510,9 +648,13 @@ def find_device(name, precision):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":  # torchrun starts a process for each
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if precision == "auto":  # the plain question counts emulation, and says yes on Turing
@@ -533,33 +675,90 @@ def can_compile(device):
             and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
-def build_optimizer(model, s):
-    norms = [p for name, p in model.named_parameters() if "norm" in name]
-    others = [p for name, p in model.named_parameters() if "norm" not in name]
-    groups = [{"params": others, "weight_decay": s.weight_decay},
-              {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
+class Muon(torch.optim.Optimizer):
+    """Momentum with all its singular values made about equal (Jordan et al., 2024), for matrices.
+
+    The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
+    size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
+    That one takes the matrices one by one; this one all of a shape in one batch.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        shapes = {}
+        for p in matrices:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": same} for same in shapes.values()],
+                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, beta, lr = group["params"], group["momentum"], group["lr"]
+            grad = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]  # of all of them
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - beta)
+            update = orthogonalize(grad.lerp(state["momentum"], beta))  # looks ahead, as Nesterov
+            size = 0.2 * max(params[0].shape) ** 0.5
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * size)
+
+
+def orthogonalize(x):
+    """Bring the singular values of matrices x (N, rows, columns) near 1: five Newton-Schulz steps
+    x <- a x + b (x x') x + c (x x')² x in bf16, with Jordan's coefficients."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
+    return x.mT if tall else x
+
+
+def build_optimizers(model, s):
+    """AdamW for everything; with --optimizer muon, for all but the blocks' matrices."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and s.optimizer == "muon"]
+    taken = set(matrices)
+    others = [p for p in model.parameters() if p not in taken]
+    groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
+              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]  # norms
+    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, s.lr, s.weight_decay))
+    return optimizers
 
 
 @torch.no_grad()
-def validate(model, autocast, val_set, rows_at_once):
+def validate(model, autocast, val_set, rows_at_once, team):
     """Mean cross-entropy, in nats, over the masked tokens of the validation set."""
-    total, n = 0.0, len(val_set[0])
-    for i in range(0, n, rows_at_once):
-        part = [x[i : i + rows_at_once] for x in val_set]
+    total, n = torch.zeros((), dtype=torch.float64), len(val_set[0])
+    mine = [team.share(x) for x in val_set]
+    for i in range(0, len(mine[0]), rows_at_once):
+        part = [x[i : i + rows_at_once] for x in mine]
         with autocast():
             total += model(*part).item() * len(part[0]) / n
-    return total
+    team.sum([total])
+    return total.item()
 
 
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # cuDNN's is the fastest
+              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved=None):
     """Train by the settings s from the start, or go on from what last.pt holds."""
     clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
+    team = Team()
 
     with clock.part("start"):
         data, out = Data(s.data), Path(s.out)
         out.mkdir(parents=True, exist_ok=True)
         device, dtype, peak_flops = find_device(s.device, s.precision)
+        team.join(device)
+        peak_flops = peak_flops and peak_flops * team.size
+        if batch_at(0, s) < team.size:
+            raise CramError(f"a step of {batch_at(0, s)} rows is too small for {team.size} processes")
         autocast = functools.partial(
             torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
         )
@@ -568,11 +767,11 @@ def train(s, saved=None):
         use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
         warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's note to itself
-        optimizer = build_optimizer(model, s)
+        optimizers = build_optimizers(model, s)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator(device)
         val_set = validation_set(data, device)
-        order = RowOrder(len(data.train), s.seed)
+        order = RowOrder(len(data.train), s)
         run, new_budget = Run(), True
 
         if saved:
@@ -583,7 +782,8 @@ def train(s, saved=None):
             run = Run(**saved["run"])
             order.start, order.start_row, order.stride = saved["order"]
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
             if saved["scaler"]:  # empty if the run was in another precision
                 scaler.load_state_dict(saved["scaler"])
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
@@ -595,15 +795,17 @@ def train(s, saved=None):
     interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # progress from line to line
     flops = flops_per_token(model, s, data.seq_len)
 
-    def progress():
-        return run.step / s.steps if s.steps else clock.elapsed() / budget_s
+    def progress(elapsed):
+        return run.step / s.steps if s.steps else elapsed / budget_s
 
     def save_last(elapsed):
+        if team.rank:
+            return
         run.elapsed_s = elapsed
         save_whole(out / "last.pt", {
             "settings": asdict(s), "data": data.identity, "run": asdict(run), "clock": clock.parts,
             "order": (order.start, order.start_row, order.stride), "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+            "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()})
 
     # A thread reads the next rows while the card computes. How many a step takes is known only
     # when it begins, so as many are read as it can take.
@@ -611,20 +813,20 @@ def train(s, saved=None):
 
     def read(position):
         rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
-        rows = torch.from_numpy(rows.astype(np.int32))
-        return rows.pin_memory() if device.type == "cuda" else rows
+        return torch.from_numpy(rows.astype(np.int32))
 
     def accumulate(rows):
-        """Forward and backward of a step: the mean loss over its rows, the gradient left in the
-        parameters. None if a stop was asked for. Nothing in here waits for the card."""
-        rows = rows.to(device, non_blocking=device.type == "cuda").long()
+        """Forward and backward of this process's share of a step. Returns its part of the mean loss
+        over all rows, and leaves its part of the gradient in the parameters; None if a stop was
+        asked for. The masks are drawn for all rows, and so do not depend on who takes which."""
         generator.manual_seed(mask_seed(s.seed, run.step))
-        masked = mask_tokens(rows, s.mask_rate, data.vocab_size, generator)
+        masked = mask_tokens(rows.to(device).long(), s.mask_rate, data.vocab_size, generator)
+        share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
-        for i in range(0, len(rows), s.microbatch):
-            if stop and stop.asked:
+        for i in range(0, len(share[0]), s.microbatch):
+            if stop and stop.asked and team.size == 1:
                 return None
-            micro = [x[i : i + s.microbatch] for x in masked]
+            micro = [x[i : i + s.microbatch] for x in share]
             with autocast():
                 loss = compiled(*micro) * (len(micro[0]) / len(rows))
             scaler.scale(loss).backward()
@@ -634,17 +836,21 @@ def train(s, saved=None):
     def accumulate_what_fits(rows):
         """The same, with half as many rows at a time until the card's memory holds them."""
         while True:
+            full = False
             try:
-                return accumulate(rows)
+                total = accumulate(rows)
             except RuntimeError as error:  # each kind of device has a class of its own for this
-                if "out of memory" not in str(error).lower():
+                full = "out of memory" in str(error).lower()
+                if not full:
                     raise
             # Out of the except clause, which keeps the memory of the frames that failed
+            if not any(team.agree(full)):
+                return total
             if min(s.microbatch, len(rows)) == 1:
                 raise CramError("a single row at a time does not fit into the card's memory")
             s.microbatch = min(s.microbatch, len(rows)) // 2
             print(f"out of memory: {s.microbatch} rows at a time from here on, the same recipe")
-            optimizer.zero_grad()
+            model.zero_grad()
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -665,7 +871,7 @@ def train(s, saved=None):
         timed_rows, timed_s = run.rows, clock.training()
         if measure:
             with clock.part("validate"):
-                entry["val_loss"] = validate(model, autocast, val_set, s.microbatch)
+                entry["val_loss"] = validate(model, autocast, val_set, s.microbatch, team)
         print(columns(entry), flush=True)
         try:
             log.write(json.dumps(entry) + "\n")
@@ -680,27 +886,29 @@ def train(s, saved=None):
               "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = f"{team.size} x {card}" if team.size > 1 else card
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
           f"{str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
           f"{len(data.train):,} rows of {data.seq_len} tokens\n"
           f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
           "unigram entropy")
-    log = open_log(out / "log.jsonl", run.step)
+    log = open_log(out / "log.jsonl" if team.rank == 0 else Path(os.devnull), run.step)
     fitted = bool(s.steps)
     if s.steps and new_budget:
-        fit_order(sum(batch_at(k / s.steps, s.batch) for k in range(run.step, s.steps)))
+        fit_order(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
     if run.step and new_budget:
         print("another budget: the schedule goes on at what is spent / the new budget")
-        run.looked_at = progress()
+        run.looked_at = progress(clock.elapsed())
     stop = None
     if use_compile:  # with gradients that reach nothing; two sizes, if the steps need several
         with clock.part("compile"):
-            batches = {batch_at(k / 64, s.batch) for k in range(65)}
+            batches = {batch_at(k / 64, s) // team.size for k in range(65)}
             sizes = {b % s.microbatch or s.microbatch for b in batches if b > s.microbatch}
             sizes |= {min(b, s.microbatch) for b in batches}
             for size in {min(sizes), max(sizes)}:
-                accumulate_what_fits(torch.zeros(size, data.seq_len, dtype=torch.int32)).item()
-                optimizer.zero_grad()
+                rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
+                accumulate_what_fits(rows).item()
+                model.zero_grad()
 
     fetched = reader.submit(read, run.rows)
     saved_at = time.monotonic()
@@ -710,24 +918,51 @@ def train(s, saved=None):
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        f = progress()
-        lr, batch = lr_at(f, s.lr), batch_at(f, s.batch)
-        if f >= 1 or not s.steps and clock.elapsed() + batch * run.s_per_row > budget_s:
+        save = (clock.parts["save"] < SAVE_SHARE * clock.elapsed()
+                and time.monotonic() - saved_at > 60 * s.save_minutes)
+        elapsed, run.s_per_row, save, asked = team.agree(
+            clock.elapsed(), run.s_per_row, save, stop.asked)
+        f = progress(elapsed)
+        lr, batch = lr_at(f, s), batch_at(f, s)
+        if asked or f >= 1 or not s.steps and elapsed + batch * run.s_per_row > budget_s:
             break  # the budget is spent, or the step would end after it
+
+        measure = int(20 * f) > int(20 * run.looked_at)
+        line = measure or int(f / interval) > int(run.looked_at / interval)
+        run.looked_at = f
+        if line and run.rows > timed_rows:
+            log_line(f, lr, batch, measure)
+            continue  # it is later now
+        if save:
+            with clock.part("save"):
+                try:
+                    save_last(elapsed)
+                except OSError as error:
+                    print(f"{error}; training goes on, the last.pt from before is kept")
+            saved_at = time.monotonic()
+            continue
+        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch:  # the speed is known
+            fitted = True
+            seconds, = team.agree(clock.training() - first_s)
+            fit_order(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
+            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
+
         began = clock.training()
         rows = fetched.result()[:batch]
         fetched = reader.submit(read, run.rows + batch)
-
         loss = accumulate_what_fits(rows)
         if loss is None:
             break  # nothing of this step has reached the weights; a resume does it again
-        scaler.unscale_(optimizer)
+        team.sum([p.grad for p in model.parameters()] + [loss])
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card in a step
         if math.isfinite(loss) and math.isfinite(norm):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                scaler.step(optimizer)
             run.loss_sum += loss
             run.loss_steps += 1
             run.skipped_in_a_row = 0
@@ -739,46 +974,26 @@ def train(s, saved=None):
                                 "the run has broken down. Resume it from last.pt, or start again "
                                 "with a smaller --lr")
         scaler.update()
-        optimizer.zero_grad()
+        model.zero_grad()
         run.step += 1
         run.rows += batch
         run.s_per_row = (clock.training() - began) / batch
 
-        f = progress()
-        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch:  # the speed is known
-            fitted = True
-            s_per_row = (clock.training() - first_s) / (run.rows - first_rows)
-            fit_order(max(0, budget_s - clock.elapsed()) / s_per_row)
-            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
-
-        measure = int(20 * f) > int(20 * run.looked_at)
-        line = measure or int(f / interval) > int(run.looked_at / interval)
-        run.looked_at = f
-        if line and f < 1:
-            log_line(f, lr, batch, measure)
-
-        cheap = clock.parts["save"] < SAVE_SHARE * clock.elapsed()
-        if cheap and time.monotonic() - saved_at > 60 * s.save_minutes:
-            with clock.part("save"):
-                try:
-                    save_last(clock.elapsed())
-                except OSError as error:
-                    print(f"{error}; training goes on, the last.pt from before is kept")
-            saved_at = time.monotonic()
-
     elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
     parts = {"train": clock.training(), **clock.parts}
     reader.shutdown(cancel_futures=True)
-    if stop.asked:
+    if asked or loss is None:
         save_last(elapsed)
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
     save_last(elapsed)
-    last = log_line(progress(), lr, batch, measure=True)
-    save_whole(out / "ckpt.pt", {
-        "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
-        "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last})
+    last = log_line(progress(elapsed), lr, batch, measure=True)
+    if team.rank == 0:
+        save_whole(out / "ckpt.pt", {
+            "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
+            "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last,
+            "card": card, "source": data.source})
 
     tokens, cuda = run.rows * data.seq_len, device.type == "cuda"
     memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else "n/a"
@@ -828,9 +1043,89 @@ def fill(path, text, device):
                                    zip(best.values.tolist(), best.indices.tolist())))
 
 
+def export(path, folder):
+    """Write a finished model as a folder that Hugging Face transformers loads as ModernBERT.
+
+    Raises CramError if it is not of that architecture, or the folder is not empty.
+    """
+    content, folder = load_whole(path), Path(folder)
+    model, tokenizer = load_checkpoint(path)
+    s, result = Settings(**content["settings"]), content["result"]
+    if s.model != "modernbert":
+        raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
+                        "(sinusoid positions): only --recipe modern can be exported")
+    if folder.exists() and any(folder.iterdir()):
+        raise CramError(f"{folder} is not empty: give --export a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    names = {"embed": "model.embeddings.tok_embeddings", "embed_norm": "model.embeddings.norm",
+             "final_norm": "model.final_norm", "head.0": "head.dense", "head.2": "head.norm"}
+    weights = {f"{theirs}.weight": model.get_parameter(f"{ours}.weight")
+               for ours, theirs in names.items()}
+    for i, block in enumerate(model.blocks):
+        attention, ffn, layer = block.attention, block.ffn, f"model.layers.{i}."
+        joined = {"attn.Wqkv": (attention.q, attention.k, attention.v), "attn.Wo": (attention.out,),
+                  "mlp.Wi": (ffn.gate, ffn.up), "mlp.Wo": (ffn.down,), "mlp_norm": (block.norm2,)}
+        if i:
+            joined["attn_norm"] = (block.norm1,)
+        for name, modules in joined.items():
+            weights[f"{layer}{name}.weight"] = torch.cat([module.weight for module in modules])
+
+    # The safetensors format: the length of a JSON header, the header, the bytes of the tensors
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, weight in weights.items():
+        start, end = end, end + 4 * weight.numel()
+        header[name] = {"dtype": "F32", "shape": weight.shape, "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for weight in weights.values():
+            f.write(weight.detach().numpy().astype("<f4").tobytes())
+
+    theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    config = {
+        "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert",
+        "vocab_size": content["vocab_size"], "max_position_embeddings": content["seq_len"],
+        "num_hidden_layers": s.layers, "hidden_size": s.width, "num_attention_heads": s.heads,
+        "intermediate_size": 2 * s.width, "norm_eps": 1e-5, "decoder_bias": False,
+        "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * s.layers,
+        "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
+        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
+        "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
+        "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    tokenizer.post_processor = TemplateProcessing(
+        "<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1", [("<cls>", CLS), ("<sep>", SEP)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": content["seq_len"],
+        "model_input_names": ["input_ids", "attention_mask"], "pad_token": "<pad>",
+        "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}))
+
+    (folder / "README.md").write_text(f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+---
+A BERT of {sum(p.numel() for p in model.parameters()):,} parameters, trained from scratch by cram.py
+(after "Cramming", arXiv 2212.14034). It has seen no text but the data below, and no other model.
+
+| | |
+|---|---|
+| recipe | {s.recipe} |
+| budget | {f"{s.steps:,} steps" if s.steps else f"{s.hours:g} hours"}, {result["elapsed_s"] / 3600:.3g} hours spent |
+| hardware | {content["card"]} |
+| data | {content["source"]}: {result["tokens"]:,} tokens seen in rows of {content["seq_len"]} |
+| loss | {result["val_loss"]:.3f} nats on its validation text, 15 % of the tokens masked |
+| settings | {", ".join(f"{k} {v}" for k, v in asdict(s).items() if k not in ("data", "out"))} |
+""", encoding="utf-8")
+    print(f"wrote {folder}: AutoModelForMaskedLM.from_pretrained({str(folder)!r}) loads it")
+
+
 def settings_for(given, resume):
     """The settings of a run, from what was given on the command line, and its last.pt or None."""
-    s, out = Settings(**given), Path(given.get("out", Settings.out))
+    recipe = RECIPES.get(given.get("recipe", Settings.recipe), {})
+    s, out = Settings(**{**recipe, **given}), Path(given.get("out", Settings.out))
     saved = None
     if resume:
         saved = load_whole(out / "last.pt")
@@ -869,17 +1164,24 @@ def parse_arguments():
                         help="go on where the run in --out stopped, with its settings")
     parser.add_argument("--fill", metavar="TEXT",
                         help="print the model's best guesses for each <mask> in TEXT, then exit")
+    parser.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
+                        "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())
 
 
 def main():
     given = parse_arguments()
-    resume, text = given.pop("resume", False), given.pop("fill", None)
-    if text is None:
-        train(*settings_for(given, resume))
-    else:
+    resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
+    ckpt = Path(given.get("out", Settings.out)) / "ckpt.pt"
+    if text is not None:
         device, _, _ = find_device(given.get("device", "cpu"), "fp32")
-        fill(Path(given.get("out", Settings.out)) / "ckpt.pt", text, device)
+        fill(ckpt, text, device)
+    elif folder is not None:
+        export(ckpt, folder)
+    else:
+        train(*settings_for(given, resume))
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def main():
 
     bert, tokenizer = load_checkpoint(args.ckpt)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
-    max_length = min(MAX_LENGTH, len(bert.sinusoid))
+    max_length = min(MAX_LENGTH, bert.seq_len)
     names = list(TASKS) if args.task == "all" else [args.task]
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
                 "scratch": args.scratch,
