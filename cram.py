@@ -824,7 +824,7 @@ def train(s, saved=None):
         share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
         for i in range(0, len(share[0]), s.microbatch):
-            if stop and stop.asked and team.size == 1:
+            if stop and stop.asked and team.size == 1:  # several stop together, between steps
                 return None
             micro = [x[i : i + s.microbatch] for x in share]
             with autocast():
@@ -872,11 +872,12 @@ def train(s, saved=None):
         if measure:
             with clock.part("validate"):
                 entry["val_loss"] = validate(model, autocast, val_set, s.microbatch, team)
-        print(columns(entry), flush=True)
-        try:
-            log.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            print(f"log.jsonl: {error}; training goes on")
+        if team.rank == 0:
+            print(columns(entry), flush=True)
+            try:
+                log.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                print(f"log.jsonl: {error}; training goes on")
         return entry
 
     def fit_order(rows_left):
@@ -892,7 +893,7 @@ def train(s, saved=None):
           f"{len(data.train):,} rows of {data.seq_len} tokens\n"
           f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
           "unigram entropy")
-    log = open_log(out / "log.jsonl" if team.rank == 0 else Path(os.devnull), run.step)
+    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
     fitted = bool(s.steps)
     if s.steps and new_budget:
         fit_order(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
@@ -905,7 +906,7 @@ def train(s, saved=None):
             batches = {batch_at(k / 64, s) // team.size for k in range(65)}
             sizes = {b % s.microbatch or s.microbatch for b in batches if b > s.microbatch}
             sizes |= {min(b, s.microbatch) for b in batches}
-            for size in {min(sizes), max(sizes)}:
+            for size in sorted({min(sizes), max(sizes)}):
                 rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
                 accumulate_what_fits(rows).item()
                 model.zero_grad()
@@ -925,7 +926,7 @@ def train(s, saved=None):
         f = progress(elapsed)
         lr, batch = lr_at(f, s), batch_at(f, s)
         if asked or f >= 1 or not s.steps and elapsed + batch * run.s_per_row > budget_s:
-            break  # the budget is spent, or the step would end after it
+            break  # a stop was asked for, the budget is spent, or the step would end after it
 
         measure = int(20 * f) > int(20 * run.looked_at)
         line = measure or int(f / interval) > int(run.looked_at / interval)
@@ -952,7 +953,8 @@ def train(s, saved=None):
         fetched = reader.submit(read, run.rows + batch)
         loss = accumulate_what_fits(rows)
         if loss is None:
-            break  # nothing of this step has reached the weights; a resume does it again
+            asked = True  # nothing of this step has reached the weights; a resume does it again
+            break
         team.sum([p.grad for p in model.parameters()] + [loss])
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -982,7 +984,7 @@ def train(s, saved=None):
     elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
     parts = {"train": clock.training(), **clock.parts}
     reader.shutdown(cancel_futures=True)
-    if asked or loss is None:
+    if asked:
         save_last(elapsed)
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
