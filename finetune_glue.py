@@ -2,17 +2,17 @@
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
     python finetune_glue.py --task all --trials 5     # the eight tasks, and their average
-    python finetune_glue.py --task all --test         # also out/glue_test/*.tsv for the server
+    python finetune_glue.py --task all --test         # also out/glue_test/*.tsv for the GLUE server
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
 The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
 tasks, at most five epochs, the score after the last one, the median of five trials. No task trains
 on another task's data.
 
-A step of 16 short rows is a thousand small kernels, and starting them takes longer than running
-them. So on a card with bf16 a whole step is recorded once as a CUDA graph, then only replayed.
+A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
+them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed.
 
-Read from the top: tasks, metrics, data, classifier, training, results, all trials.
+Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,50 +40,43 @@ from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkp
 # -------------------------------------------------------------------------------- 1. Tasks
 
 
+PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
+ENTAILMENT = ("entailment", "not_entailment")
+
+
 @dataclass
 class Task:
     columns: tuple  # of the text: one sentence, or a pair
     labels: tuple  # as the GLUE server writes them; none: regression on 0 ... 5
     metric: str
     train_rows: int  # of the official training set; another number is marked as a subset
-    validation: dict  # split -> published scores, in the order of PUBLISHED
     test: dict  # split -> the server's name of its file
-
-    @property
-    def classes(self):
-        return len(self.labels) or 1
+    validation: dict  # split -> published scores: not pretrained, crammed v2, BERT-base
 
 
-ENTAILMENT = ("entailment", "not_entailment")
-PUBLISHED = ("no pretr.", "crammed v2", "BERT-base")  # columns of the table at the end
 TASKS = {  # the order, the metrics and the weights of the paper's tables; no WNLI
-    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-                 "accuracy", 392_702,
+    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
+                 392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
                  {"validation_matched": (34.1, 84.1, 83.2),
-                  "validation_mismatched": (34.1, 84.6, 83.4)},
-                 {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}),
-    "sst2": Task(("sentence",), ("0", "1"), "accuracy", 67_349,
-                 {"validation": (79.9, 92.0, 91.9)}, {"test": "SST-2"}),
-    "stsb": Task(("sentence1", "sentence2"), (), "pearson", 5_749,
-                 {"validation": (17.8, 87.4, 86.7)}, {"test": "STS-B"}),
-    "rte": Task(("sentence1", "sentence2"), ENTAILMENT, "accuracy", 2_490,
-                {"validation": (47.3, 58.5, 59.2)}, {"test": "RTE"}),
-    "qnli": Task(("question", "sentence"), ENTAILMENT, "accuracy", 104_743,
-                 {"validation": (50.0, 90.2, 90.6)}, {"test": "QNLI"}),
-    "qqp": Task(("question1", "question2"), ("0", "1"), "f1", 363_846,
-                {"validation": (68.6, 87.5, 87.7)}, {"test": "QQP"}),
-    "mrpc": Task(("sentence1", "sentence2"), ("0", "1"), "f1", 3_668,
-                 {"validation": (77.9, 88.9, 89.3)}, {"test": "MRPC"}),
-    "cola": Task(("sentence",), ("0", "1"), "matthews", 8_551,
-                 {"validation": (0.0, 53.3, 56.5)}, {"test": "CoLA"}),
+                  "validation_mismatched": (34.1, 84.6, 83.4)}),
+    "sst2": Task(("sentence",), BINARY, "accuracy", 67_349, {"test": "SST-2"},
+                 {"validation": (79.9, 92.0, 91.9)}),
+    "stsb": Task(PAIR, (), "pearson", 5_749, {"test": "STS-B"}, {"validation": (17.8, 87.4, 86.7)}),
+    "rte": Task(PAIR, ENTAILMENT, "accuracy", 2_490, {"test": "RTE"},
+                {"validation": (47.3, 58.5, 59.2)}),
+    "qnli": Task(("question", "sentence"), ENTAILMENT, "accuracy", 104_743, {"test": "QNLI"},
+                 {"validation": (50.0, 90.2, 90.6)}),
+    "qqp": Task(("question1", "question2"), BINARY, "f1", 363_846, {"test": "QQP"},
+                {"validation": (68.6, 87.5, 87.7)}),
+    "mrpc": Task(PAIR, BINARY, "f1", 3_668, {"test": "MRPC"}, {"validation": (77.9, 88.9, 89.3)}),
+    "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
+                 {"validation": (0.0, 53.3, 56.5)}),
 }
-# Files that the server insists on and this script does not predict: rows, and what stands in them
-PLACEHOLDERS = {"AX": (1_104, "entailment"), "WNLI": (146, "0")}
+PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example; BERT's 512 would change no task but RTE a little
-BUCKET = 32  # batches are padded to a multiple of this: four shapes at most
+BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
 DROPOUT = 0.1
-EVAL_BATCH = 256  # examples
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -126,11 +119,8 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 class Split:
     ids: torch.Tensor  # (N, L) int32, filled up with PAD
     labels: torch.Tensor  # (N,)
-    padded: np.ndarray  # (N,) tokens of each example, rounded up to a length batches come in
+    padded: np.ndarray  # (N,) tokens of each example, rounded up to a multiple of BUCKET
     sha256: str  # of the texts and labels as they were read
-
-    def to(self, device):
-        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device))
 
 
 def read_split(name, split, folder):
@@ -157,28 +147,25 @@ def read_split(name, split, folder):
     raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {Path(folder) / name}")
 
 
-def load_split(name, split, folder, tokenizer, max_length):
-    """A split as the model reads it. Test splits have no labels, whatever their column says."""
+def load_split(name, split, folder, tokenizer, max_length, device):
+    """A split as the model reads it. A test split has no labels, whatever its rows say."""
     task, rows, where = TASKS[name], read_split(name, split, folder), f"{name} {split}"
-    labelled = split not in task.test
-    needed = [*task.columns, "label"] if labelled else [*task.columns]
-    if not rows:
-        raise CramError(f"{where} has no rows")
+    labelled, top = split not in task.test, len(task.labels) - 1 if task.labels else 5
+    needed = (*task.columns, "label") if labelled else task.columns
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not set(needed) <= set(row):
-            raise CramError(f"{where} row {number}: needs the columns {', '.join(needed[:-1])} "
-                            f"and {needed[-1]}".replace("columns  and", "column"))
+            raise CramError(f"{where} row {number}: needs the columns {' and '.join(needed)}")
         if any(not isinstance(row[column], str) for column in task.columns):
             raise CramError(f"{where} row {number}: the text is not a string")
         label = row["label"] if labelled else 0
-        good = isinstance(label, (int, float)) and (
-            label in range(task.classes) if task.labels else 0 <= label <= 5)
-        if not good:
-            allowed = f"0 to {task.classes - 1}" if task.labels else "0 to 5"
-            raise CramError(f"{where} row {number}: label {label} is not from {allowed}")
+        if not isinstance(label, (int, float)) or not (
+                label in range(top + 1) if task.labels else 0 <= label <= top):
+            raise CramError(f"{where} row {number}: label {label} is not from 0 to {top}")
+    if not rows:
+        raise CramError(f"{where} has no rows")
     if not labelled and "idx" in rows[0]:  # the server counts by it
         rows.sort(key=lambda row: row.get("idx", -1))
-        if [row.get("idx") for row in rows] != [*range(len(rows))]:
+        if [row["idx"] for row in rows] != [*range(len(rows))]:
             raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
 
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
@@ -188,12 +175,14 @@ def load_split(name, split, folder, tokenizer, max_length):
     ids = np.full((len(rows), padded.max()), PAD, np.int32)
     for row, example in zip(ids, examples):
         row[: len(example)] = example
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row[column] for column in needed]).encode())
     labels = torch.tensor([row["label"] if labelled else 0 for row in rows],
                           dtype=torch.int64 if task.labels else torch.float32)
-    return Split(torch.from_numpy(ids), labels, padded, digest.hexdigest())
+    content = json.dumps([[row[column] for column in needed] for row in rows])
+    return Split(torch.from_numpy(ids).to(device), labels.to(device), padded, sha256(content))
+
+
+def sha256(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def join(parts, max_length):
@@ -204,7 +193,7 @@ def join(parts, max_length):
     return [CLS] + [token for ids in parts for token in (*ids, SEP)]
 
 
-def train_plan(split, seed, epochs, B):
+def plan(split, seed, epochs, B):
     """The rows (steps, B) of each step of a trial, and the tokens T (steps,) they are padded to.
 
     Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
@@ -213,13 +202,6 @@ def train_plan(split, seed, epochs, B):
     rows = np.concatenate([shuffle.permutation(N)[: N // B * B] for _ in range(epochs)])
     rows = rows.reshape(-1, B)
     return rows, split.padded[rows].max(1)
-
-
-def eval_plan(split):
-    """The same for an evaluation, as pairs: like lengths together, so that little is padded."""
-    order = np.argsort(split.padded, kind="stable")
-    parts = [order[i : i + EVAL_BATCH] for i in range(0, len(order), EVAL_BATCH)]
-    return [(rows, int(split.padded[rows].max())) for rows in parts]
 
 
 def batch_of(split, chosen, T):
@@ -234,12 +216,12 @@ def batch_of(split, chosen, T):
 class Classifier(nn.Module):
     """The first token's hidden state, through one tanh layer (config crammed-bert, both biased)."""
 
-    def __init__(self, bert, outputs):
+    def __init__(self, bert, classes):
         super().__init__()
         self.bert = bert
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
         self.dropout = nn.Dropout(DROPOUT)
-        self.out = nn.Linear(1024, outputs)
+        self.out = nn.Linear(1024, classes)
 
     def init_head(self):
         for linear in (self.pool, self.out):
@@ -247,16 +229,15 @@ class Classifier(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, ids, keep):
-        """ids (B, T), keep (B, T) False at padding -> logits (B, outputs)."""
+        """ids (B, T), keep (B, T) False at padding -> logits (B, classes)."""
         first = self.bert.encode(ids, keep)[:, 0]
         return self.out(self.dropout(torch.tanh(self.pool(first))))
 
 
 def lr_at(step, steps, peak):
-    """Up over the first 10 % of the steps, then a cosine to zero.
+    """Up over the first 10 % of the task's own steps, then a cosine to zero.
 
-    The steps are this task's own. The original code kept the number of warm-up steps of the first
-    task for all later ones, so that a small task could end before its warm-up did; ours does not.
+    The original code kept the first task's warm-up for all later ones, a bug that ours has not.
     """
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
@@ -264,49 +245,56 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# -------------------------------------------------------------------------------- 5. Training
+# -------------------------------------------------------------------------------- 5. One task
 
-RECORD_STEPS = 50  # recording a graph costs as long as about so many steps without it
 COMPILE_STEPS = 5_000  # compiling the blocks for a length costs what it saves in so many steps
 
 
-def worth_it(steps, device, dtype):
-    """For each task the lengths to record as graphs, and the lengths to compile blocks for.
-
-    steps: {task: {length: steps of all trials that are missing}}. Compiled code serves all tasks.
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16:  # fp16 skips steps, which no graph can
-        return {name: [] for name in steps}, set()
-    recorded = {name: [T for T, n in of_task.items() if n >= RECORD_STEPS]
-                for name, of_task in steps.items()}
-    in_all = sum(map(Counter, steps.values()), Counter())
-    return recorded, {T for T, n in in_all.items() if n >= COMPILE_STEPS and can_compile(device)}
+def lengths_to_compile(steps, device, dtype):
+    """Lengths for which it pays; steps: {length: steps of all trials that the command runs}."""
+    if device.type != "cuda" or dtype == torch.float16 or not can_compile(device):
+        return set()
+    return {T for T, n in steps.items() if n >= COMPILE_STEPS}
 
 
 class Tuning:
     """A model that is fine-tuned on one task, trial after trial in the same tensors.
 
     A step is the same code everywhere. Recorded as a CUDA graph it reads and writes fixed places
-    in memory, so all that changes is copied into them: the numbers of the rows, the learning rate,
-    and at the start of a trial the weights and the optimizer's state.
+    in memory, so all that changes is copied into them: row numbers and learning rate at every
+    step, weights and optimizer state at the start of a trial.
     """
 
     def __init__(self, bert, pretrained, task, train, dtype, args):
-        device = train.ids.device
-        self.task, self.train, self.pretrained, self.args = task, train, pretrained, args
-        self.autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=(
-            dtype != torch.float32), cache_enabled=False)  # a cached cast would outlive its graph
-        self.model = Classifier(bert, task.classes).to(device)
-        recording = device.type == "cuda" and dtype == torch.bfloat16
-        warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # in steps not recorded
+        self.pretrained, self.task, self.train, self.args = pretrained, task, train, args
+        self.device = device = train.ids.device
+        self.fp16 = dtype == torch.float16  # may skip a step, which a graph cannot
+        self.records = device.type == "cuda" and not self.fp16
+        self.model = Classifier(bert, len(task.labels) or 1).to(device)
+        self.autocast = functools.partial(
+            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32,
+            cache_enabled=False)  # a cached cast would be in one graph and missing in the next
+        self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=torch.zeros((), device=device), betas=(0.9, 0.98),
-            eps=1e-6, weight_decay=0.0, fused=True, capturable=recording)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+            self.model.parameters(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0,
+            fused=True, capturable=self.records)
         self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
-        self.lr = self.optimizer.param_groups[0]["lr"]
         self.loss = torch.zeros((), device=device)  # of the last step
         self.graphs, self.pool = {}, None
+        self.reset(args.seed)
+
+    def reset(self, seed):
+        """As before the first step: pretrained or random weights, a new head, no momentum."""
+        torch.manual_seed(seed)
+        self.model.train()
+        self.model.bert.load_state_dict(self.pretrained)
+        if self.args.scratch:
+            self.model.bert.init_weights()
+        self.model.init_head()
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.fp16)
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
@@ -318,77 +306,77 @@ class Tuning:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()  # to None, so that a graph holds gradients in memory of its own
+        self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
         self.loss.copy_(loss.detach())
 
     def record(self, T, compiled):
-        """Record step(T), its blocks compiled or not, as a CUDA graph. Spoils the weights."""
-        self.model.train()  # a graph keeps the dropout it was recorded with
-        side = torch.cuda.Stream()
+        """Record step(T) as a CUDA graph, with its blocks compiled or not; then reset.
+
+        Three steps go before, because what is done once must not be in the graph: compilation,
+        the optimizer's first state, cuBLAS's choice of kernels.
+        """
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            with torch.cuda.stream(side):
-                for _ in range(3):  # what is done once must not be in the graph: compilation, the
-                    self.step(T)  # optimizer's first state, cuBLAS's choice of a kernel
-            graph = torch.cuda.CUDAGraph()
-            # One pool for all lengths: nothing in it has to last from one replay to the next
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
+                for _ in range(3):
+                    self.step(T)
+            # One pool for all lengths, as nothing in it has to last until the next replay
             with torch.cuda.graph(graph, pool=self.pool, stream=side):
                 self.step(T)
         self.graphs[T], self.pool = graph, graph.pool()
 
-    def reset(self, seed):
-        """As before the first step: pretrained or random weights, a new head, a new optimizer."""
-        torch.manual_seed(seed)
-        self.model.train()
-        self.model.bert.load_state_dict(self.pretrained)
-        if self.args.scratch:
-            self.model.bert.init_weights()
-        self.model.init_head()
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        self.scaler = torch.amp.GradScaler(self.lr.device.type, enabled=self.scaler.is_enabled())
-
     def fit(self, rows, lengths, advance):
         """Train on rows (steps, B), padded to lengths (steps,)."""
-        steps, device = len(rows), self.lr.device
-        lrs = torch.tensor([lr_at(k, steps, self.args.lr) for k in range(steps)], device=device)
-        rows = torch.from_numpy(rows).to(device)
+        lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))])
+        rows, lrs = torch.from_numpy(rows).to(self.device), lrs.to(self.device)
         for k, T in enumerate(lengths.tolist()):
             self.chosen.copy_(rows[k])
             self.lr.copy_(lrs[k])
-            if T in self.graphs:
+            if self.records:
                 self.graphs[T].replay()
             else:
                 self.step(T)
-            advance(T * rows.shape[1])
+            advance(T * len(self.chosen))
 
     @torch.inference_mode()
     def predict(self, split):
-        """Logits (N, outputs) of a split."""
+        """Logits (N, classes) of a split. Like lengths go together, so that little is padded."""
         self.model.eval()
-        logits = torch.empty(len(split.ids), self.task.classes, device=split.ids.device)
-        for rows, T in eval_plan(split):
-            rows = torch.from_numpy(rows).to(logits.device)
-            ids, keep, _ = batch_of(split, rows, T)
+        order, outputs = torch.from_numpy(np.argsort(split.padded, kind="stable")), []
+        for chosen in order.split(256):
+            ids, keep, _ = batch_of(split, chosen.to(self.device), split.padded[chosen].max())
             with self.autocast():
-                logits[rows] = self.model(ids, keep).float()
-        return logits.cpu().numpy()
+                outputs.append(self.model(ids, keep).float())
+        return torch.cat(outputs).cpu()[order.argsort()].numpy()
+
+
+def run_trial(tuning, splits, seed, advance):
+    """Fine-tune once: the metric on each validation split in percent, predictions of test splits.
+
+    Only the first of the trials predicts: it is chosen without a look at its score.
+    """
+    task, args = tuning.task, tuning.args
+    tuning.reset(seed)
+    tuning.fit(*plan(splits["train"], seed, args.epochs, args.batch_size), advance)
+    scores, predictions = {}, {}
+    for split in [*task.validation, *(task.test if args.test and seed == args.seed else ())]:
+        logits = tuning.predict(splits[split])
+        if not np.isfinite(logits).all():
+            raise CramError(f"the trial with seed {seed} gives numbers that are not finite: it "
+                            "diverged, and has no score. A smaller --lr may help")
+        predicted = logits.argmax(1) if task.labels else logits[:, 0]
+        if split in task.validation:
+            labels = splits[split].labels.cpu().numpy()
+            scores[split] = 100 * METRICS[task.metric](predicted, labels)
+        else:
+            predictions[task.test[split]] = ([task.labels[i] for i in predicted] if task.labels
+                                             else [f"{x:.3f}" for x in predicted.clip(0, 5)])
+    return scores, predictions
 
 
 # -------------------------------------------------------------------------------- 6. Results
-
-
-def read_json(path, new):
-    """What this script wrote to the path, or `new` if there is nothing."""
-    if not path.exists():
-        return new
-    try:
-        content = json.loads(path.read_text())
-        assert isinstance(content, dict) and set(new) <= set(content)
-    except (ValueError, AssertionError):
-        raise CramError(f"{path} is not a file of this script; move it away") from None
-    return content
 
 
 def open_results(path, identity, digests):
@@ -397,111 +385,88 @@ def open_results(path, identity, digests):
     A run belongs to one checkpoint, one set of settings, and one content of each task's data.
     Numbers that differ in any of them stay in the file, and apart.
     """
-    results = read_json(path, {"runs": []})
-    for run in results["runs"]:
-        same_data = all(run["tasks"][name]["data"].items() <= digests[name].items()
-                        for name in set(digests) & set(run["tasks"]))
-        if same_data and identity.items() <= run.items():
-            return results, run
+    results = {"runs": []}
+    if path.exists():
+        try:
+            results = json.loads(path.read_text())
+            runs = results["runs"]
+        except (ValueError, KeyError, TypeError):
+            raise CramError(f"{path} is not a results file of this script; move it away") from None
+        for run in runs:
+            if identity.items() <= run.items() and all(
+                    digests[name].get(split, digest) == digest for name in digests
+                    for split, digest in run["tasks"].get(name, {}).get("data", {}).items()):
+                return results, run
     run = {**identity, "tasks": {}, "average": None}
     results["runs"].append(run)
     return results, run
 
 
-def add_trial(run, name, rows, digests, trial):
+def add_trial(run, name, digests, rows, trial, files):
     """Put a trial into a run, and bring medians and average up to date."""
     task = TASKS[name]
     entry = run["tasks"].setdefault(name, {
-        "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows,
-        "data": {split: digests[split] for split in ("train", *task.validation)}, "trials": []})
-    others = [other for other in entry["trials"] if other["seed"] != trial["seed"]]
-    entry["trials"] = sorted([*others, trial], key=lambda trial: trial["seed"])
-    scores = {split: [trial[split] for trial in entry["trials"]] for split in task.validation}
+        "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows, "data": {},
+        "trials": [], "test_files": {}})
+    entry["data"].update(digests)
+    entry["test_files"].update({file: sha256(text) for file, text in files.items()})
+    entry["trials"] = [old for old in entry["trials"] if old["seed"] != trial["seed"]] + [trial]
     for key, of in (("median", np.median), ("lowest", min), ("highest", max)):
-        entry[key] = {split: float(of(x)) for split, x in scores.items()}
+        entry[key] = {split: float(of([trial[split] for trial in entry["trials"]]))
+                      for split in task.validation}
     if set(run["tasks"]) == set(TASKS):  # MNLI counts twice
-        nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
-        run["average"] = sum(nine) / len(nine)
+        run["average"] = np.mean([
+            x for entry in run["tasks"].values() for x in entry["median"].values()])
 
 
 def write_whole(path, text):
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
 
 
+def tsv(predictions):
+    """A file as the GLUE server takes it."""
+    return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions))
+
+
+def to_predict(folder, run, names):
+    """The tasks whose test files are not in the folder. One that this run has not written is
+    refused: the server would get a mixture."""
+    known = [digest for entry in run["tasks"].values() for digest in entry["test_files"].values()]
+    for path in folder.glob("*.tsv"):
+        if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:
+            raise CramError(f"{path} was not predicted by this checkpoint with these settings and "
+                            f"data: move {folder} away")
+    return [name for name in names
+            if not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values())]
+
+
 def print_table(run):
-    """Medians and spread, beside what the paper reports of the same fine-tuning."""
-    print(f"\n{'':55}published: arXiv 2212.14034\n{'task':16} {'metric':9} {'median':>6} "
-          f"{'lowest':>6} {'highest':>7} {'trials':>6}" + "".join(f"{x:>11}" for x in PUBLISHED))
-    for name in [name for name in TASKS if name in run["tasks"]]:
-        entry = run["tasks"][name]
-        for split, published in TASKS[name].validation.items():
+    """Medians and spread, beside the published scores of the same fine-tuning."""
+    print(f"\n{'':56}published: arXiv 2212.14034\n{'task':16} {'metric':8} median  lowest highest "
+          "trials  no pretr. crammed v2  BERT-base")
+    for name, task in TASKS.items():
+        entry = run["tasks"].get(name)
+        for split, published in task.validation.items() if entry else ():
             label = name + split.removeprefix("validation").replace("_", "-")
-            print(f"{label:16} {entry['metric']:9} {entry['median'][split]:6.1f} "
-                  f"{entry['lowest'][split]:6.1f} {entry['highest'][split]:7.1f} "
+            print(f"{label:16} {task.metric:8} {entry['median'][split]:6.1f} "
+                  f"{entry['lowest'][split]:7.1f} {entry['highest'][split]:7.1f} "
                   f"{len(entry['trials']):6}" + "".join(f"{x:11.1f}" for x in published)
                   + "  subset" * entry["subset"])
     subsets = {name: entry for name, entry in run["tasks"].items() if entry["subset"]}
     if run["average"] is not None:
-        nine = [published for task in TASKS.values() for published in task.validation.values()]
-        print(f"{'average of nine':26} {run['average']:6.1f} {'':21}" + "".join(
-            f"{sum(x) / len(x):11.1f}" for x in zip(*nine)) + "  subset" * bool(subsets))
-    print("published: validation scores; crammed v2 is the best of 5 runs of 24 h on an A6000")
+        nine = zip(*(scores for task in TASKS.values() for scores in task.validation.values()))
+        print(f"{'average of nine':25} {run['average']:6.1f}{'':23}"
+              + "".join(f"{np.mean(scores):11.1f}" for scores in nine) + "  subset" * bool(subsets))
     for name, entry in subsets.items():
-        print(f"subset: {name} trained on {entry['train_rows']:,} rows, not on the official "
+        print(f"subset: {name} was trained on {entry['train_rows']:,} rows, not the official "
               f"{TASKS[name].train_rows:,}")
-
-
-def open_tests(folder, identity, digests):
-    """What the folder's predictions were made from, and the tasks that are still to predict."""
-    source = read_json(folder / "source.json", {**identity, "tasks": {}})
-    if not identity.items() <= source.items():
-        raise CramError(f"{folder} holds predictions of another checkpoint, or made with other "
-                        "settings or another seed: move it away")
-    return source, {name for name in digests if source["tasks"].get(name) != digests[name]
-                    or not all((folder / f"{x}.tsv").exists() for x in TASKS[name].test.values())}
-
-
-def write_predictions(folder, file, predictions):
-    rows = [f"{index}\t{prediction}\n" for index, prediction in enumerate(predictions)]
-    write_whole(folder / f"{file}.tsv", "index\tprediction\n" + "".join(rows))
-
-
-def write_placeholders(folder, source):
-    """Begin a folder for the server: whose predictions are to come, and what is never predicted."""
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / "source.json", json.dumps(source, indent=1))
-    for file, (rows, prediction) in PLACEHOLDERS.items():
-        write_predictions(folder, file, [prediction] * rows)
+    print("published on the validation sets; crammed v2: the best of 5 runs of 24 h on an A6000")
 
 
 # -------------------------------------------------------------------------------- 7. All trials
-
-
-def run_trial(tuning, name, splits, seed, advance):
-    """Fine-tune once; the metric on every validation split in percent, and predictions of the
-    first trial for every test split as the server reads them.
-
-    The first rather than the best: it is chosen without a look at its score.
-    """
-    task, args = TASKS[name], tuning.args
-    tuning.reset(seed)
-    tuning.fit(*train_plan(splits["train"], seed, args.epochs, args.batch_size), advance)
-    scores, tests = {}, {}
-    for split in [*task.validation, *(task.test if args.test and seed == args.seed else ())]:
-        logits = tuning.predict(splits[split])
-        if not np.isfinite(logits).all():
-            raise CramError(f"{name} seed {seed} gives numbers that are not finite: it diverged, "
-                            "and has no score. A smaller --lr may help")
-        predicted = logits.argmax(1) if task.labels else logits[:, 0]
-        if split in task.validation:
-            labels = splits[split].labels.cpu().numpy()
-            scores[split] = 100 * METRICS[task.metric](predicted, labels)
-        else:
-            tests[task.test[split]] = ([task.labels[i] for i in predicted] if task.labels
-                                       else [f"{x:.3f}" for x in predicted.clip(0, 5)])
-    return scores, tests
 
 
 def parse_arguments():
@@ -521,8 +486,8 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has + 1")
     parser.add_argument("--scratch", action="store_true",
                         help="random weights of the checkpoint's size, as a control")
-    parser.add_argument("--test", action="store_true", help="also predict the test splits, by the "
-                        "first trial, and write what the GLUE server takes into glue_test/")
+    parser.add_argument("--test", action="store_true", help="also write the first trial's "
+                        "predictions of the test split into glue_test/, for the GLUE server")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     for flag in ("trials", "epochs", "batch_size", "lr"):
@@ -539,60 +504,56 @@ def main():
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     max_length = min(MAX_LENGTH, bert.seq_len)
 
-    # The data of all tasks first, so that what is missing or wrong is said at once
+    # The data of all tasks first: what is wrong with it is said now, not hours later
     splits, digests = {}, {}
     for name in TASKS if args.task == "all" else [args.task]:
         task = TASKS[name]
-        splits[name] = {split: load_split(name, split, args.data, tokenizer, max_length) for split
-                        in ("train", *task.validation, *(task.test if args.test else ()))}
-        digests[name] = {split: x.sha256 for split, x in splits[name].items()}
+        splits[name] = {
+            split: load_split(name, split, args.data, tokenizer, max_length, device)
+            for split in ("train", *task.validation, *(task.test if args.test else ()))}
+        digests[name] = {split: content.sha256 for split, content in splits[name].items()}
         if len(splits[name]["train"].ids) < args.batch_size:
-            raise CramError(f"{name} has {len(splits[name]['train'].ids)} training rows, fewer "
-                            "than --batch-size")
+            raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
 
-    # What is there already, and which trials are missing
     path, folder = Path(args.ckpt).with_name("glue.json"), Path(args.ckpt).with_name("glue_test")
-    identity = {"checkpoint": hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest(),
-                "settings": {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-                             "scratch": args.scratch, "max_length": max_length, "dropout": DROPOUT}}
+    settings = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "scratch")}
+    identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
+                "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
     results, run = open_results(path, identity, digests)
-    unpredicted = ()
-    if args.test:
-        source, unpredicted = open_tests(folder, {**identity, "seed": args.seed}, digests)
-        write_placeholders(folder, source)
+    again = to_predict(folder, run, splits) if args.test else ()
     missing, steps = {}, {}
     for name in splits:
-        done = {trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())}
+        done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
         missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
-                         if seed not in done or seed == args.seed and name in unpredicted]
-        steps[name] = Counter(T for seed in missing[name] for T in train_plan(
+                         if seed not in done or seed == args.seed and name in again]
+        steps[name] = Counter(T for seed in missing[name] for T in plan(
             splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
-    recorded, compiled = worth_it(steps, device, dtype)
+
+    in_all = sum(steps.values(), Counter())
+    compiled = lengths_to_compile(in_all, device, dtype)
+    for file, rows in PLACEHOLDERS.items() if args.test else ():
+        write_whole(folder / f"{file}.tsv", tsv(rows))
     if compiled:
         for block in bert.blocks:
-            block.compile(dynamic=False)  # once for all blocks, as they are alike
-        torch.compiler.set_stance("force_eager")  # but where a graph is recorded
-
-    tokens = args.batch_size * sum(T * n for of_task in steps.values() for T, n in of_task.items())
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0) as bar:
+            block.compile(dynamic=False)  # they are alike, and share one code for each length
+        torch.compiler.set_stance("force_eager")  # but where a step is recorded
+    tokens = args.batch_size * sum(T * n for T, n in in_all.items())
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0, disable=not tokens) as bar:
         for name in [name for name in splits if missing[name]]:
             bar.set_description(name)
-            on_device = {split: x.to(device) for split, x in splits[name].items()}
-            tuning = Tuning(bert, pretrained, TASKS[name], on_device["train"], dtype, args)
-            for T in recorded[name]:
+            train = splits[name]["train"]
+            tuning = Tuning(bert, pretrained, TASKS[name], train, dtype, args)
+            for T in steps[name] if tuning.records else ():
                 tuning.record(T, T in compiled)
             for seed in missing[name]:
                 began = time.monotonic()
-                scores, tests = run_trial(tuning, name, on_device, seed, bar.update)
-                for file, predictions in tests.items():
-                    write_predictions(folder, file, predictions)
-                if tests:
-                    source["tasks"][name] = digests[name]
-                    write_whole(folder / "source.json", json.dumps(source, indent=1))
+                scores, predictions = run_trial(tuning, splits[name], seed, bar.update)
+                files = {file: tsv(rows) for file, rows in predictions.items()}
                 results, run = open_results(path, identity, digests)  # others may have written
-                add_trial(run, name, len(on_device["train"].ids), digests[name],
-                          {"seed": seed, **scores})
+                add_trial(run, name, digests[name], len(train.ids), {"seed": seed, **scores}, files)
                 write_whole(path, json.dumps(results, indent=1))
+                for file, text in files.items():  # after glue.json, which says that they are ours
+                    write_whole(folder / f"{file}.tsv", text)
                 bar.clear()
                 print(f"{name} seed {seed}: {TASKS[name].metric} "
                       + " / ".join(f"{score:.1f}" for score in scores.values())
