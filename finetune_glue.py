@@ -385,18 +385,15 @@ def open_results(path, identity, digests):
     A run belongs to one checkpoint, one set of settings, and one content of each task's data.
     Numbers that differ in any of them stay in the file, and apart.
     """
-    results = {"runs": []}
-    if path.exists():
-        try:
-            results = json.loads(path.read_text())
-            runs = results["runs"]
-        except (ValueError, KeyError, TypeError):
-            raise CramError(f"{path} is not a results file of this script; move it away") from None
-        for run in runs:
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        for run in results["runs"]:
             if identity.items() <= run.items() and all(
                     digests[name].get(split, digest) == digest for name in digests
                     for split, digest in run["tasks"].get(name, {}).get("data", {}).items()):
                 return results, run
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CramError(f"{path} is not a results file of this script; move it away") from None
     run = {**identity, "tasks": {}, "average": None}
     results["runs"].append(run)
     return results, run
