@@ -1192,8 +1192,10 @@ def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
     args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
                                  "epochs": epochs, "test": False, **others})
     weights = {key: tensor.clone() for key, tensor in bert.state_dict().items()}
-    return finetune_glue.Tuning(bert, weights, finetune_glue.TASKS[task], split, torch.float32,
-                                args), split
+    tuning = finetune_glue.Tuning(
+        bert, weights, finetune_glue.TASKS[task], split, torch.float32, args)
+    tuning.model.dropout.p = dropout
+    return tuning, split
 
 
 LENGTHS = [random.Random(1).randint(3, 100) for _ in range(30)]
