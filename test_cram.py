@@ -1149,7 +1149,8 @@ def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, mon
 
     monkeypatch.setattr(finetune_glue.Tuning, "predict", predict)
     for name in ("mnli", "stsb"):
-        glue("--task", name, "--trials", 1, "--epochs", 1, "--test")
+        glue("--task", name, "--trials", 2, "--epochs", 1, "--test")
+    assert len(seen) == (2 * 2 + 2) + (2 * 1 + 1)  # only the first of two trials predicts the test
     for file in ("MNLI-m", "MNLI-mm"):
         assert (tmp_path / f"out/glue_test/{file}.tsv").read_text().split()[2:] == [
             "0", "entailment", "1", "neutral", "2", "contradiction", "3", "entailment",
@@ -1198,7 +1199,7 @@ def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
     return tuning, split
 
 
-LENGTHS = [random.Random(1).randint(3, 100) for _ in range(30)]
+LENGTHS = random.Random(1).choices(range(3, 100), k=30)
 
 
 def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
