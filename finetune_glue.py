@@ -165,7 +165,7 @@ def load_split(name, split, folder, tokenizer, max_length, device):
         raise CramError(f"{where} has no rows")
     if not labelled and "idx" in rows[0]:  # the server counts by it
         rows.sort(key=lambda row: row.get("idx", -1))
-        if [row["idx"] for row in rows] != [*range(len(rows))]:
+        if [row.get("idx") for row in rows] != [*range(len(rows))]:
             raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
 
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
@@ -535,7 +535,8 @@ def main():
             block.compile(dynamic=False)  # they are alike, and share one code for each length
         torch.compiler.set_stance("force_eager")  # but where a step is recorded
     tokens = args.batch_size * sum(T * n for T, n in in_all.items())
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0, disable=not tokens) as bar:
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
+              disable=not tokens) as bar:
         for name in [name for name in splits if missing[name]]:
             bar.set_description(name)
             train = splits[name]["train"]
