@@ -2,13 +2,17 @@
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
     python finetune_glue.py --task all --trials 5     # the eight tasks, and their average
+    python finetune_glue.py --task all --test         # also out/glue_test/*.tsv for the GLUE server
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
 The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
 tasks, at most five epochs, the score after the last one, the median of five trials. No task trains
 on another task's data.
 
-Read from the top: tasks, metrics, data, classifier, one trial, all trials.
+A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
+them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed.
+
+Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
 """
 
 import argparse
@@ -19,6 +23,9 @@ import lzma
 import math
 import os
 import sys
+import time
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,33 +35,47 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cram import CLS, SEP, CramError, find_device, load_checkpoint
+from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkpoint
 
 # -------------------------------------------------------------------------------- 1. Tasks
+
+
+PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
+ENTAILMENT = ("entailment", "not_entailment")
 
 
 @dataclass
 class Task:
     columns: tuple  # of the text: one sentence, or a pair
-    classes: int  # 1: regression on 0 ... 5
+    labels: tuple  # as the GLUE server writes them; none: regression on 0 ... 5
     metric: str
     train_rows: int  # of the official training set; another number is marked as a subset
-    validation: tuple = ("validation",)  # splits, each of which gives a score
+    test: dict  # split -> the server's name of its file
+    validation: dict  # split -> published scores: not pretrained, crammed v2, BERT-base
 
 
 TASKS = {  # the order, the metrics and the weights of the paper's tables; no WNLI
-    "mnli": Task(("premise", "hypothesis"), 3, "accuracy", 392_702,
-                 ("validation_matched", "validation_mismatched")),
-    "sst2": Task(("sentence",), 2, "accuracy", 67_349),
-    "stsb": Task(("sentence1", "sentence2"), 1, "pearson", 5_749),
-    "rte": Task(("sentence1", "sentence2"), 2, "accuracy", 2_490),
-    "qnli": Task(("question", "sentence"), 2, "accuracy", 104_743),
-    "qqp": Task(("question1", "question2"), 2, "f1", 363_846),
-    "mrpc": Task(("sentence1", "sentence2"), 2, "f1", 3_668),
-    "cola": Task(("sentence",), 2, "matthews", 8_551),
+    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
+                 392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
+                 {"validation_matched": (34.1, 84.1, 83.2),
+                  "validation_mismatched": (34.1, 84.6, 83.4)}),
+    "sst2": Task(("sentence",), BINARY, "accuracy", 67_349, {"test": "SST-2"},
+                 {"validation": (79.9, 92.0, 91.9)}),
+    "stsb": Task(PAIR, (), "pearson", 5_749, {"test": "STS-B"}, {"validation": (17.8, 87.4, 86.7)}),
+    "rte": Task(PAIR, ENTAILMENT, "accuracy", 2_490, {"test": "RTE"},
+                {"validation": (47.3, 58.5, 59.2)}),
+    "qnli": Task(("question", "sentence"), ENTAILMENT, "accuracy", 104_743, {"test": "QNLI"},
+                 {"validation": (50.0, 90.2, 90.6)}),
+    "qqp": Task(("question1", "question2"), BINARY, "f1", 363_846, {"test": "QQP"},
+                {"validation": (68.6, 87.5, 87.7)}),
+    "mrpc": Task(PAIR, BINARY, "f1", 3_668, {"test": "MRPC"}, {"validation": (77.9, 88.9, 89.3)}),
+    "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
+                 {"validation": (0.0, 53.3, 56.5)}),
 }
+PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example; BERT's 512 would change no task but RTE a little
+BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
 DROPOUT = 0.1
 
 
@@ -94,6 +115,14 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 # -------------------------------------------------------------------------------- 3. Data
 
 
+@dataclass
+class Split:
+    ids: torch.Tensor  # (N, L) int32, filled up with PAD
+    labels: torch.Tensor  # (N,)
+    padded: np.ndarray  # (N,) tokens of each example, rounded up to a multiple of BUCKET
+    sha256: str  # of the texts and labels as they were read
+
+
 def read_split(name, split, folder):
     """Rows of a split as dictionaries: local <folder>/<task>/<split>.jsonl[.xz], or the hub's."""
     if folder is None:
@@ -118,35 +147,42 @@ def read_split(name, split, folder):
     raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {Path(folder) / name}")
 
 
-def load_split(name, split, folder, tokenizer, max_length):
-    """Examples of a split: ids (N, T) padded with zeros, lengths (N,), labels (N,)."""
-    task = TASKS[name]
-    rows = read_split(name, split, folder)
-    where = f"{name} {split}"
-    if not rows:
-        raise CramError(f"{where} has no rows")
+def load_split(name, split, folder, tokenizer, max_length, device):
+    """A split as the model reads it. A test split has no labels, whatever its rows say."""
+    task, rows, where = TASKS[name], read_split(name, split, folder), f"{name} {split}"
+    labelled, top = split not in task.test, len(task.labels) - 1 if task.labels else 5
+    needed = (*task.columns, "label") if labelled else task.columns
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {*task.columns, "label"} <= set(row):
-            raise CramError(f"{where} row {number}: needs the columns "
-                            f"{', '.join(task.columns)} and label")
+        if not isinstance(row, dict) or not set(needed) <= set(row):
+            raise CramError(f"{where} row {number}: needs the columns {' and '.join(needed)}")
         if any(not isinstance(row[column], str) for column in task.columns):
             raise CramError(f"{where} row {number}: the text is not a string")
-        label = row["label"]
-        good = isinstance(label, (int, float)) and (
-            0 <= label <= 5 if task.classes == 1 else label in range(task.classes))
-        if not good:
-            allowed = "0 to 5" if task.classes == 1 else f"0 to {task.classes - 1}"
-            raise CramError(f"{where} row {number}: label {label} is not from {allowed}")
+        label = row["label"] if labelled else 0
+        if not isinstance(label, (int, float)) or not (
+                label in range(top + 1) if task.labels else 0 <= label <= top):
+            raise CramError(f"{where} row {number}: label {label} is not from 0 to {top}")
+    if not rows:
+        raise CramError(f"{where} has no rows")
+    if not labelled and "idx" in rows[0]:  # the server counts by it
+        rows.sort(key=lambda row: row.get("idx", -1))
+        if [row.get("idx") for row in rows] != [*range(len(rows))]:
+            raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
 
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
         [row[column] for row in rows], add_special_tokens=False)] for column in task.columns]
     examples = [join(parts, max_length) for parts in zip(*texts)]
-    lengths = np.array([len(ids) for ids in examples])
-    padded = np.zeros((len(rows), lengths.max()), np.int64)
-    for row, ids in zip(padded, examples):
-        row[: len(ids)] = ids
-    labels = np.array([row["label"] for row in rows], np.float32 if task.classes == 1 else np.int64)
-    return padded, lengths, labels
+    padded = np.array([min(-(-len(ids) // BUCKET) * BUCKET, max_length) for ids in examples])
+    ids = np.full((len(rows), padded.max()), PAD, np.int32)
+    for row, example in zip(ids, examples):
+        row[: len(example)] = example
+    labels = torch.tensor([row["label"] if labelled else 0 for row in rows],
+                          dtype=torch.int64 if task.labels else torch.float32)
+    content = json.dumps([[row[column] for column in needed] for row in rows])
+    return Split(torch.from_numpy(ids).to(device), labels.to(device), padded, sha256(content))
+
+
+def sha256(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def join(parts, max_length):
@@ -157,18 +193,37 @@ def join(parts, max_length):
     return [CLS] + [token for ids in parts for token in (*ids, SEP)]
 
 
+def plan(split, seed, epochs, B):
+    """The rows (steps, B) of each step of a trial, and the tokens T (steps,) they are padded to.
+
+    Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
+    """
+    shuffle, N = np.random.default_rng(seed), len(split.padded)
+    rows = np.concatenate([shuffle.permutation(N)[: N // B * B] for _ in range(epochs)])
+    rows = rows.reshape(-1, B)
+    return rows, split.padded[rows].max(1)
+
+
+def batch_of(split, chosen, T):
+    """Examples `chosen` of a split, T tokens of each: ids, keep (B, T), labels (B,)."""
+    ids = split.ids[chosen, :T]
+    return ids, ids != PAD, split.labels[chosen]
+
+
 # -------------------------------------------------------------------------------- 4. Classifier
 
 
 class Classifier(nn.Module):
     """The first token's hidden state, through one tanh layer (config crammed-bert, both biased)."""
 
-    def __init__(self, bert, width, classes):
+    def __init__(self, bert, classes):
         super().__init__()
         self.bert = bert
-        self.pool = nn.Linear(width, 1024)
+        self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
         self.dropout = nn.Dropout(DROPOUT)
         self.out = nn.Linear(1024, classes)
+
+    def init_head(self):
         for linear in (self.pool, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -180,10 +235,9 @@ class Classifier(nn.Module):
 
 
 def lr_at(step, steps, peak):
-    """Up over the first 10 % of the steps, then a cosine to zero.
+    """Up over the first 10 % of the task's own steps, then a cosine to zero.
 
-    The steps are this task's own. The original code kept the number of warm-up steps of the first
-    task for all later ones, so that a small task could end before its warm-up did; ours does not.
+    The original code kept the first task's warm-up for all later ones, a bug that ours has not.
     """
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
@@ -191,145 +245,228 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# -------------------------------------------------------------------------------- 5. One trial
+# -------------------------------------------------------------------------------- 5. One task
+
+COMPILE_STEPS = 5_000  # compiling the blocks for a length costs what it saves in so many steps
 
 
-def batch_of(split, chosen, device):
-    """Examples `chosen` of a split, cut to the longest of them: ids, keep (B, T), labels (B,)."""
-    ids, lengths, labels = split
-    T = -(-lengths[chosen].max() // 8) * 8  # few shapes, and aligned
-    ids = torch.from_numpy(ids[chosen, :T])
-    keep = torch.arange(ids.shape[1])[None] < torch.from_numpy(lengths[chosen])[:, None]
-    return [x.to(device, non_blocking=True) for x in (ids, keep, torch.from_numpy(labels[chosen]))]
+def lengths_to_compile(steps, device, dtype):
+    """Lengths for which it pays; steps: {length: steps of all trials that the command runs}."""
+    if device.type != "cuda" or dtype == torch.float16 or not can_compile(device):
+        return set()
+    return {T for T, n in steps.items() if n >= COMPILE_STEPS}
 
 
-def run_trial(args, name, splits, seed):
-    """Fine-tune once; the metric on every validation split, in percent."""
-    task = TASKS[name]
-    device, dtype, _ = find_device(args.device, "auto")
-    autocast = functools.partial(
-        torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
-    )
-    torch.manual_seed(seed)
-    shuffle = np.random.default_rng(seed)
-    bert, _ = load_checkpoint(args.ckpt, device, dropout=DROPOUT)
-    if args.scratch:
-        bert.init_weights()
-    model = Classifier(bert, bert.embed.embedding_dim, task.classes).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-6,
-                                  weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+class Tuning:
+    """A model that is fine-tuned on one task, trial after trial in the same tensors.
 
-    train = splits["train"]
-    rows = len(train[0])
-    steps_per_epoch = rows // args.batch_size  # the last, smaller batch is dropped
-    steps = args.epochs * steps_per_epoch
-    model.train()
-    with tqdm(total=steps, desc=f"{name} seed {seed}", leave=False, unit="step") as bar:
-        for step in range(steps):
-            if step % steps_per_epoch == 0:
-                order = shuffle.permutation(rows)
-            start = step % steps_per_epoch * args.batch_size
-            ids, keep, labels = batch_of(train, order[start : start + args.batch_size], device)
-            with autocast():
-                logits = model(ids, keep).float()
-                loss = (F.mse_loss(logits[:, 0], labels) if task.classes == 1
-                        else F.cross_entropy(logits, labels))
-            scaler.scale(loss).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, args.lr)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            bar.update()
-
-    model.eval()
-    scores = {}
-    for split in task.validation:
-        labels = splits[split][2]
-        outputs = []
-        with torch.no_grad(), autocast():
-            for start in range(0, len(labels), 128):
-                chosen = np.arange(start, min(start + 128, len(labels)))
-                ids, keep, _ = batch_of(splits[split], chosen, device)
-                outputs.append(model(ids, keep).float())
-        logits = torch.cat(outputs).cpu().numpy()
-        if not np.isfinite(logits).all():
-            raise CramError(f"{name} seed {seed} gives numbers that are not finite: it diverged, "
-                            "and has no score. A smaller --lr may help")
-        predicted = logits[:, 0] if task.classes == 1 else logits.argmax(1)
-        scores[split] = 100 * METRICS[task.metric](predicted, labels)
-    return scores
-
-
-# -------------------------------------------------------------------------------- 6. All trials
-
-
-def open_results(path, checkpoint, settings):
-    """All of glue.json, and in it the run of this checkpoint with these settings, perhaps new.
-
-    Numbers of another checkpoint, or made with other settings, stay in the file and apart.
+    A step is the same code everywhere. Recorded as a CUDA graph it reads and writes fixed places
+    in memory, so all that changes is copied into them: row numbers and learning rate at every
+    step, weights and optimizer state at the start of a trial.
     """
-    results = {"runs": []}
-    if path.exists():
-        try:
-            results = json.loads(path.read_text())
-            runs = results["runs"]
-        except (ValueError, KeyError, TypeError):
-            raise CramError(f"{path} is not a results file of this script; move it away") from None
-        for run in runs:
-            if (run.get("checkpoint"), run.get("settings")) == (checkpoint, settings):
+
+    def __init__(self, bert, pretrained, task, train, dtype, args):
+        self.pretrained, self.task, self.train, self.args = pretrained, task, train, args
+        self.device = device = train.ids.device
+        self.fp16 = dtype == torch.float16  # may skip a step, which a graph cannot
+        self.records = device.type == "cuda" and not self.fp16
+        self.model = Classifier(bert, len(task.labels) or 1).to(device)
+        self.autocast = functools.partial(
+            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32,
+            cache_enabled=False)  # a cached cast would be in one graph and missing in the next
+        self.lr = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0,
+            fused=True, capturable=self.records)
+        self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)  # of the last step
+        self.graphs, self.pool = {}, None
+        self.reset(args.seed)
+
+    def reset(self, seed):
+        """As before the first step: pretrained or random weights, a new head, no momentum."""
+        torch.manual_seed(seed)
+        self.model.train()
+        self.model.bert.load_state_dict(self.pretrained)
+        if self.args.scratch:
+            self.model.bert.init_weights()
+        self.model.init_head()
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.fp16)
+
+    def step(self, T):
+        """Update the weights once, on the rows `chosen`, padded to T tokens."""
+        ids, keep, labels = batch_of(self.train, self.chosen, T)
+        with self.autocast():
+            logits = self.model(ids, keep).float()
+            loss = (F.cross_entropy(logits, labels) if self.task.labels
+                    else F.mse_loss(logits[:, 0], labels))
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
+        self.loss.copy_(loss.detach())
+
+    def record(self, T, compiled):
+        """Record step(T) as a CUDA graph, with its blocks compiled or not; then reset.
+
+        Three steps go before, because what is done once must not be in the graph: compilation,
+        the optimizer's first state, cuBLAS's choice of kernels.
+        """
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
+                for _ in range(3):
+                    self.step(T)
+            # One pool for all lengths, as nothing in it has to last until the next replay
+            with torch.cuda.graph(graph, pool=self.pool, stream=side):
+                self.step(T)
+        self.graphs[T], self.pool = graph, graph.pool()
+
+    def fit(self, rows, lengths, advance):
+        """Train on rows (steps, B), padded to lengths (steps,)."""
+        lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))])
+        rows, lrs = torch.from_numpy(rows).to(self.device), lrs.to(self.device)
+        for k, T in enumerate(lengths.tolist()):
+            self.chosen.copy_(rows[k])
+            self.lr.copy_(lrs[k])
+            if self.records:
+                self.graphs[T].replay()
+            else:
+                self.step(T)
+            advance(T * len(self.chosen))
+
+    @torch.inference_mode()
+    def predict(self, split):
+        """Logits (N, classes) of a split. Like lengths go together, so that little is padded."""
+        self.model.eval()
+        order, outputs = torch.from_numpy(np.argsort(split.padded, kind="stable")), []
+        for chosen in order.split(256):
+            ids, keep, _ = batch_of(split, chosen.to(self.device), split.padded[chosen].max())
+            with self.autocast():
+                outputs.append(self.model(ids, keep).float())
+        return torch.cat(outputs).cpu()[order.argsort()].numpy()
+
+
+def run_trial(tuning, splits, seed, advance):
+    """Fine-tune once: the metric on each validation split in percent, predictions of test splits.
+
+    Only the first of the trials predicts: it is chosen without a look at its score.
+    """
+    task, args = tuning.task, tuning.args
+    tuning.reset(seed)
+    tuning.fit(*plan(splits["train"], seed, args.epochs, args.batch_size), advance)
+    scores, predictions = {}, {}
+    for split in [*task.validation, *(task.test if args.test and seed == args.seed else ())]:
+        logits = tuning.predict(splits[split])
+        if not np.isfinite(logits).all():
+            raise CramError(f"the trial with seed {seed} gives numbers that are not finite: it "
+                            "diverged, and has no score. A smaller --lr may help")
+        predicted = logits.argmax(1) if task.labels else logits[:, 0]
+        if split in task.validation:
+            labels = splits[split].labels.cpu().numpy()
+            scores[split] = 100 * METRICS[task.metric](predicted, labels)
+        else:
+            predictions[task.test[split]] = ([task.labels[i] for i in predicted] if task.labels
+                                             else [f"{x:.3f}" for x in predicted.clip(0, 5)])
+    return scores, predictions
+
+
+# -------------------------------------------------------------------------------- 6. Results
+
+
+def open_results(path, identity, digests):
+    """All of glue.json, and in it the run to go on with, perhaps new.
+
+    A run belongs to one checkpoint, one set of settings, and one content of each task's data.
+    Numbers that differ in any of them stay in the file, and apart.
+    """
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        for run in results["runs"]:
+            if identity.items() <= run.items() and all(
+                    digests[name].get(split, digest) == digest for name in digests
+                    for split, digest in run["tasks"].get(name, {}).get("data", {}).items()):
                 return results, run
-    run = {"checkpoint": checkpoint, "settings": settings, "tasks": {}, "average": None}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CramError(f"{path} is not a results file of this script; move it away") from None
+    run = {**identity, "tasks": {}, "average": None}
     results["runs"].append(run)
     return results, run
 
 
-def entry_of(run, name, rows):
-    """The results of a task in a run; empty if there are none, or of other training rows."""
+def add_trial(run, name, digests, rows, trial, files):
+    """Put a trial into a run, and bring medians and average up to date."""
     task = TASKS[name]
-    if run["tasks"].get(name, {}).get("train_rows") != rows:
-        run["tasks"][name] = {"metric": task.metric, "train_rows": rows,
-                              "subset": rows != task.train_rows, "trials": []}
-    return run["tasks"][name]
+    entry = run["tasks"].setdefault(name, {
+        "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows, "data": {},
+        "trials": [], "test_files": {}})
+    entry["data"].update(digests)
+    entry["test_files"].update({file: sha256(text) for file, text in files.items()})
+    entry["trials"] = [old for old in entry["trials"] if old["seed"] != trial["seed"]] + [trial]
+    for key, of in (("median", np.median), ("lowest", min), ("highest", max)):
+        entry[key] = {split: float(of([trial[split] for trial in entry["trials"]]))
+                      for split in task.validation}
+    if set(run["tasks"]) == set(TASKS):  # MNLI counts twice
+        run["average"] = np.mean([
+            x for entry in run["tasks"].values() for x in entry["median"].values()])
 
 
-def save_results(path, results):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
+def write_whole(path, text):
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
     os.replace(part, path)
 
 
-def summarize(run):
-    """Medians over the trials of each task, and the average of the nine numbers once all are in."""
-    run["tasks"] = {name: entry for name, entry in run["tasks"].items() if entry["trials"]}
-    for name, entry in run["tasks"].items():
-        scores = {split: [trial[split] for trial in entry["trials"]]
-                  for split in TASKS[name].validation}
-        entry["median"] = {split: float(np.median(x)) for split, x in scores.items()}
-        entry["lowest"] = {split: min(x) for split, x in scores.items()}
-        entry["highest"] = {split: max(x) for split, x in scores.items()}
-    if set(run["tasks"]) == set(TASKS):
-        nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
-        run["average"] = sum(nine) / len(nine)
-        run["average_has_subset"] = any(entry["subset"] for entry in run["tasks"].values())
+def tsv(predictions):
+    """A file as the GLUE server takes it."""
+    return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions))
+
+
+def to_predict(folder, run, names):
+    """The tasks whose test files are not in the folder. One that this run has not written is
+    refused: the server would get a mixture."""
+    known = [digest for entry in run["tasks"].values() for digest in entry["test_files"].values()]
+    for path in folder.glob("*.tsv"):
+        if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:
+            raise CramError(f"{path} was not predicted by this checkpoint with these settings and "
+                            f"data: move {folder} away")
+    return [name for name in names
+            if not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values())]
 
 
 def print_table(run):
-    print(f"\n{'task':22} {'metric':9} {'median':>6} {'lowest':>7} {'highest':>8}  trials")
-    for name, entry in run["tasks"].items():
-        for split in TASKS[name].validation:
+    """Medians and spread, beside the published scores of the same fine-tuning."""
+    print(f"\n{'':56}published: arXiv 2212.14034\n{'task':16} {'metric':8} median  lowest highest "
+          "trials  no pretr. crammed v2  BERT-base")
+    for name, task in TASKS.items():
+        entry = run["tasks"].get(name)
+        for split, published in task.validation.items() if entry else ():
             label = name + split.removeprefix("validation").replace("_", "-")
-            subset = f"  subset: {entry['train_rows']:,} rows" if entry["subset"] else ""
-            print(f"{label:22} {entry['metric']:9} {entry['median'][split]:6.1f} "
-                  f"{entry['lowest'][split]:7.1f} {entry['highest'][split]:8.1f}  "
-                  f"{len(entry['trials'])}{subset}")
+            print(f"{label:16} {task.metric:8} {entry['median'][split]:6.1f} "
+                  f"{entry['lowest'][split]:7.1f} {entry['highest'][split]:7.1f} "
+                  f"{len(entry['trials']):6}" + "".join(f"{x:11.1f}" for x in published)
+                  + "  subset" * entry["subset"])
+    subsets = {name: entry for name, entry in run["tasks"].items() if entry["subset"]}
     if run["average"] is not None:
-        print(f"{'average of nine':22} {'':9} {run['average']:6.1f}"
-              + ("  with a subset among them" if run["average_has_subset"] else ""))
+        nine = zip(*(scores for task in TASKS.values() for scores in task.validation.values()))
+        print(f"{'average of nine':25} {run['average']:6.1f}{'':23}"
+              + "".join(f"{np.mean(scores):11.1f}" for scores in nine) + "  subset" * bool(subsets))
+    for name, entry in subsets.items():
+        print(f"subset: {name} was trained on {entry['train_rows']:,} rows, not the official "
+              f"{TASKS[name].train_rows:,}")
+    print("published on the validation sets; crammed v2: the best of 5 runs of 24 h on an A6000")
 
 
-def main():
+# -------------------------------------------------------------------------------- 7. All trials
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Fine-tune a crammed BERT on GLUE.",
         epilog="Examples: finetune_glue.py --task cola;  finetune_glue.py --task all --data glue",
@@ -346,43 +483,81 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has + 1")
     parser.add_argument("--scratch", action="store_true",
                         help="random weights of the checkpoint's size, as a control")
+    parser.add_argument("--test", action="store_true", help="also write the first trial's "
+                        "predictions of the test split into glue_test/, for the GLUE server")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     for flag in ("trials", "epochs", "batch_size", "lr"):
         if not getattr(args, flag) > 0:
             raise CramError(f"--{flag.replace('_', '-')} must be positive")
+    return args
 
-    bert, tokenizer = load_checkpoint(args.ckpt)
+
+def main():
+    args = parse_arguments()
+    device, dtype, _ = find_device(args.device, "auto")
+    bert, tokenizer = load_checkpoint(args.ckpt, device, dropout=DROPOUT)
+    pretrained = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     max_length = min(MAX_LENGTH, bert.seq_len)
-    names = list(TASKS) if args.task == "all" else [args.task]
-    settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-                "scratch": args.scratch,
-                "data": str(Path(args.data).resolve()) if args.data else "nyu-mll/glue"}
-    path = Path(args.ckpt).with_name("glue.json")
-    checkpoint = hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest()
-    results, run = open_results(path, checkpoint, settings)
 
-    for name in names:
+    # The data of all tasks first: what is wrong with it is said now, not hours later
+    splits, digests = {}, {}
+    for name in TASKS if args.task == "all" else [args.task]:
         task = TASKS[name]
-        splits = {split: load_split(name, split, args.data, tokenizer, max_length)
-                  for split in ("train", *task.validation)}
-        rows = len(splits["train"][0])
-        if rows < args.batch_size:
-            raise CramError(f"{name} has {rows} training rows, fewer than --batch-size")
-        done = {trial["seed"] for trial in entry_of(run, name, rows)["trials"]}
-        for seed in range(args.seed, args.seed + args.trials):
-            if seed in done:
-                continue
-            scores = run_trial(args, name, splits, seed)
-            results, run = open_results(path, checkpoint, settings)  # others may have written to it
-            entry_of(run, name, rows)["trials"].append({"seed": seed, **scores})
-            summarize(run)
-            save_results(path, results)
-            print(f"{name} seed {seed}: {task.metric} "
-                  + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
+        splits[name] = {
+            split: load_split(name, split, args.data, tokenizer, max_length, device)
+            for split in ("train", *task.validation, *(task.test if args.test else ()))}
+        digests[name] = {split: content.sha256 for split, content in splits[name].items()}
+        if len(splits[name]["train"].ids) < args.batch_size:
+            raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
+
+    path, folder = Path(args.ckpt).with_name("glue.json"), Path(args.ckpt).with_name("glue_test")
+    settings = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "scratch")}
+    identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
+                "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
+    results, run = open_results(path, identity, digests)
+    again = to_predict(folder, run, splits) if args.test else ()
+    missing, steps = {}, {}
+    for name in splits:
+        done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
+        missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
+                         if seed not in done or seed == args.seed and name in again]
+        steps[name] = Counter(T for seed in missing[name] for T in plan(
+            splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
+
+    in_all = sum(steps.values(), Counter())
+    compiled = lengths_to_compile(in_all, device, dtype)
+    for file, rows in PLACEHOLDERS.items() if args.test else ():
+        write_whole(folder / f"{file}.tsv", tsv(rows))
+    if compiled:
+        for block in bert.blocks:
+            block.compile(dynamic=False)  # they are alike, and share one code for each length
+        torch.compiler.set_stance("force_eager")  # but where a step is recorded
+    tokens = args.batch_size * sum(T * n for T, n in in_all.items())
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
+              disable=not tokens) as bar:
+        for name in [name for name in splits if missing[name]]:
+            bar.set_description(name)
+            train = splits[name]["train"]
+            tuning = Tuning(bert, pretrained, TASKS[name], train, dtype, args)
+            for T in steps[name] if tuning.records else ():
+                tuning.record(T, T in compiled)
+            for seed in missing[name]:
+                began = time.monotonic()
+                scores, predictions = run_trial(tuning, splits[name], seed, bar.update)
+                files = {file: tsv(rows) for file, rows in predictions.items()}
+                results, run = open_results(path, identity, digests)  # others may have written
+                add_trial(run, name, digests[name], len(train.ids), {"seed": seed, **scores}, files)
+                write_whole(path, json.dumps(results, indent=1))
+                for file, text in files.items():  # after glue.json, which says that they are ours
+                    write_whole(folder / f"{file}.tsv", text)
+                bar.clear()
+                print(f"{name} seed {seed}: {TASKS[name].metric} "
+                      + " / ".join(f"{score:.1f}" for score in scores.values())
+                      + f" in {time.monotonic() - began:.1f} s", flush=True)
     print_table(run)
-    print(f"written to {path}")
+    print(f"written to {path}" + f" and {folder}" * args.test)
 
 
 if __name__ == "__main__":

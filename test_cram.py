@@ -4,6 +4,8 @@ Sections: preparing data, the model, the recipe, a training run, a run that is i
 bad input, GLUE. Everything runs on small text that is made here.
 """
 
+import argparse
+import copy
 import gzip
 import hashlib
 import itertools
@@ -997,15 +999,37 @@ def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
 def write_glue(folder, name, train=64, validation=16, **columns):
     """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
     task, rng = finetune_glue.TASKS[name], random.Random(0)
-    for split, n in {"train": train, **dict.fromkeys(task.validation, validation)}.items():
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", *task.validation, *task.test):
         rows = []
-        for i in range(n):
-            label = rng.uniform(0, 5) if task.classes == 1 else i % task.classes
+        for i in range(train if split == "train" else validation):
+            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
             row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
             rows.append({**row, "label": label, "idx": i, **columns})
-        (folder / name).mkdir(parents=True, exist_ok=True)
+            if split in task.test:
+                rows[i]["label"] = -1
         (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+@pytest.fixture
+def glue(train, tmp_path, monkeypatch, capsys):
+    """Run finetune_glue.py in this process on what write_glue wrote: glue(flags) -> its output."""
+    train(steps=20)
+
+    def run(*flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [
+            "finetune_glue.py", "--ckpt", str(tmp_path / "out/ckpt.pt"), "--device", "cpu",
+            "--data", str(tmp_path / "glue"), *map(str, flags)])
+        finetune_glue.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def runs_of(folder):
+    return json.loads((folder / "out/glue.json").read_text())["runs"]
 
 
 def test_all_of_glue_end_to_end(train, tmp_path):
@@ -1017,8 +1041,7 @@ def test_all_of_glue_end_to_end(train, tmp_path):
     script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
     printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
     assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
-    assert "mnli-mismatched" in printed and "average of nine" in printed and "subset" in printed
-    [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    [run] = runs_of(tmp_path)
     assert run["checkpoint"] == hashlib.sha256(ckpt.read_bytes()).hexdigest()
     for name, entry in run["tasks"].items():
         assert [trial["seed"] for trial in entry["trials"]] == [0, 1] and entry["subset"]
@@ -1028,65 +1051,284 @@ def test_all_of_glue_end_to_end(train, tmp_path):
     nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
     assert len(nine) == 9 and run["average"] == pytest.approx(sum(nine) / 9)
 
+    table = printed[printed.index("published: arXiv 2212.14034"):].splitlines()
+    assert max(map(len, table)) <= 100
+    cola = run["tasks"]["cola"]["median"]["validation"]
+    assert f"cola             matthews {cola:6.1f}" in "\n".join(table)
+    [average] = [line.split() for line in table if "average of nine" in line]
+    assert average[3:] == [f"{sum(nine) / 9:.1f}", "45.5", "80.7", "80.9", "subset"]  # the paper's
+    assert "mnli was trained on 64 rows, not the official 392,702" in "\n".join(table)
+
     script("finetune_glue.py", "--task", "rte", "--trials", 1, "--scratch", *common)
-    runs = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    runs = runs_of(tmp_path)
     assert len(runs) == 2 and set(runs[1]["tasks"]) == {"rte"} and len(runs[0]["tasks"]) == 8
 
 
-def test_fine_tuning_learns(train, tmp_path):
-    train(steps=20)
+def test_fine_tuning_learns(glue, tmp_path):
     write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
-    printed = script("finetune_glue.py", "--task", "sst2", "--trials", 1, "--lr", 3e-3,
-                     "--epochs", 10, "--ckpt", tmp_path / "out/ckpt.pt",
-                     "--data", tmp_path / "glue",
-                     "--device", "cpu")
-    [run] = json.loads((tmp_path / "out/glue.json").read_text())["runs"]
+    printed = glue("--task", "sst2", "--trials", 1, "--lr", 3e-3, "--epochs", 10)
+    [run] = runs_of(tmp_path)
     assert run["tasks"]["sst2"]["median"]["validation"] > 90, printed
+    assert "average" not in printed  # of one task there is none
+
+
+def test_results_of_other_data_or_another_checkpoint_are_kept_apart(glue, tmp_path):
+    for name in ("cola", "rte"):
+        write_glue(tmp_path / "glue", name, train=32)
+        glue("--task", name, "--trials", 1, "--epochs", 1)
+    moved = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
+    assert "cola seed" not in glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
+    assert len(runs_of(tmp_path)) == 1
+
+    for split in ("train", "validation"):
+        path = moved / f"cola/{split}.jsonl"
+        path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
+        again = glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
+        assert "cola seed 0" in again
+    first, *others = runs_of(tmp_path)
+    assert set(first["tasks"]) == {"cola", "rte"} and len(first["tasks"]["cola"]["trials"]) == 1
+    assert [set(run["tasks"]) for run in others] == [{"cola"}, {"cola"}]
+
+    ckpt = tmp_path / "out/ckpt.pt"
+    content = torch.load(ckpt, weights_only=True)
+    content["model"]["embed.weight"] += 1e-3
+    torch.save(content, ckpt)
+    assert "cola seed 0" in glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
+    assert len(runs_of(tmp_path)) == 4
+
+
+def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
+    folder, flags = tmp_path / "out/glue_test", ["--trials", 2, "--epochs", 1, "--test"]
+    for name in finetune_glue.TASKS:
+        write_glue(tmp_path / "glue", name, train=16, validation=5)
+    mixed = tmp_path / "glue/rte/test.jsonl"
+    mixed.write_text("\n".join(reversed(mixed.read_text().splitlines())))  # its idx says the order
+    in_order = [json.loads(line)["idx"] for line in mixed.read_text().splitlines()]
+    assert in_order == [4, 3, 2, 1, 0]
+    glue("--task", "all", *flags)
+
+    words = {"entailment", "neutral", "contradiction", "not_entailment"}
+    allowed = {"MNLI-m": words - {"not_entailment"}, "MNLI-mm": words - {"not_entailment"},
+               "QNLI": {"entailment", "not_entailment"}, "RTE": {"entailment", "not_entailment"},
+               "AX": words - {"not_entailment"}, "STS-B": None,
+               **dict.fromkeys(["CoLA", "SST-2", "MRPC", "QQP", "WNLI"], {"0", "1"})}
+    assert {path.stem for path in folder.glob("*")} == set(allowed)
+    for file, labels in allowed.items():
+        header, *lines = (folder / f"{file}.tsv").read_text().splitlines()
+        indices, predictions = zip(*(line.split("\t") for line in lines))
+        assert header == "index\tprediction"
+        assert list(map(int, indices)) == [*range({"AX": 1104, "WNLI": 146}.get(file, 5))]
+        assert set(predictions) <= labels if labels else all(
+            0 <= float(x) <= 5 for x in predictions)
+
+    # What is there is not made again, what is missing is, by the first trial
+    rte = (folder / "RTE.tsv").read_text()
+    assert "seed" not in glue("--task", "all", *flags)
+    (folder / "RTE.tsv").unlink()
+    printed = glue("--task", "all", *flags)
+    assert re.findall("^(.*): ", printed, re.M)[:1] == ["rte seed 0"]
+    assert (folder / "RTE.tsv").read_text() == rte
+    [run] = runs_of(tmp_path)
+    assert [len(entry["trials"]) for entry in run["tasks"].values()] == [2] * 8
+
+    with pytest.raises(cram.CramError, match="move .* away"):  # other settings: not into this one
+        glue("--task", "rte", "--trials", 1, "--epochs", 2, "--test")
+
+
+def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, monkeypatch):
+    """A model that knows the answer: label words in the right order, at the right index."""
+    write_glue(tmp_path / "glue", "mnli", train=16, validation=7)
+    write_glue(tmp_path / "glue", "stsb", train=16, validation=5)
+    seen = []
+
+    def predict(self, split):
+        seen.append(split)
+        if self.task.labels:
+            return np.eye(3, dtype=np.float32)[np.arange(len(split.ids)) % 3]
+        return np.array([[-1.0], [0], [2.34567], [5], [9]], np.float32)
+
+    monkeypatch.setattr(finetune_glue.Tuning, "predict", predict)
+    for name in ("mnli", "stsb"):
+        glue("--task", name, "--trials", 2, "--epochs", 1, "--test")
+    assert len(seen) == (2 * 2 + 2) + (2 * 1 + 1)  # only the first of two trials predicts the test
+    for file in ("MNLI-m", "MNLI-mm"):
+        assert (tmp_path / f"out/glue_test/{file}.tsv").read_text().split()[2:] == [
+            "0", "entailment", "1", "neutral", "2", "contradiction", "3", "entailment",
+            "4", "neutral", "5", "contradiction", "6", "entailment"]
+    assert (tmp_path / "out/glue_test/STS-B.tsv").read_text().split()[3::2] == [
+        "0.000", "0.000", "2.346", "5.000", "5.000"]
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-def test_scratch_forgets_the_pretraining(train, tmp_path, monkeypatch, scratch):
-    train(steps=20)
+def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
     write_glue(tmp_path / "glue", "rte", train=16)
     first_weights = []
-    real = finetune_glue.Classifier.__init__
+    real = finetune_glue.Tuning.fit
 
-    def spy(self, bert, *args):
-        first_weights.append(bert.embed.weight.detach().clone())
-        real(self, bert, *args)
+    def spy(self, *args):
+        first_weights.append(self.model.bert.embed.weight.detach().clone())
+        real(self, *args)
 
-    monkeypatch.setattr(finetune_glue.Classifier, "__init__", spy)
-    ckpt = tmp_path / "out/ckpt.pt"
-    monkeypatch.setattr(sys, "argv", [
-        "finetune_glue.py", "--task", "rte", "--ckpt", str(ckpt), "--data", str(tmp_path / "glue"),
-        "--trials", "1", "--epochs", "1", "--device", "cpu", *["--scratch"] * scratch])
-    finetune_glue.main()
-    pretrained = torch.load(ckpt, weights_only=True)["model"]["embed.weight"]
+    monkeypatch.setattr(finetune_glue.Tuning, "fit", spy)
+    glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
+    pretrained = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"]["embed.weight"]
     assert torch.equal(first_weights[0], pretrained) != scratch
+    assert torch.equal(first_weights[0], first_weights[1]) != scratch  # each trial draws its own
 
 
-@pytest.mark.parametrize("task, columns, words", [
-    ("cola", {"label": 2}, "label 2 is not from 0 to 1"),
-    ("stsb", {"label": 5.5}, "label 5.5 is not from 0 to 5"),
-    ("cola", {"label": None}, "label None"),
-    ("cola", {"sentence": 3}, "not a string"),
-    ("nli", {}, "invalid choice"),
-    ("mrpc", {}, "no train.jsonl"),
+# --- A trial, without the command
+
+
+def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
+    """A small model to tune on examples of so many random tokens, and these examples."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int32)
+    for row, length in zip(ids, lengths):
+        row[:length] = torch.randint(5, 50, (length,), generator=generator)
+    labels = torch.tensor([i % 2 for i in range(len(lengths))])
+    padded = np.array([-(-n // 32) * 32 for n in lengths])
+    ids = torch.cat([ids, ids.new_zeros(len(ids), padded.max() - ids.shape[1])], dim=1)
+    split = finetune_glue.Split(ids, labels, padded, "")
+    bert = model_of(seq_len=128, dropout=dropout).float()
+    args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
+                                 "epochs": epochs, "test": False, **others})
+    weights = {key: tensor.clone() for key, tensor in bert.state_dict().items()}
+    tuning = finetune_glue.Tuning(
+        bert, weights, finetune_glue.TASKS[task], split, torch.float32, args)
+    tuning.model.dropout.p = dropout
+    return tuning, split
+
+
+LENGTHS = random.Random(1).choices(range(3, 100), k=30)
+
+
+def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
+    split = tuning_of(LENGTHS)[1]
+    rows, T = finetune_glue.plan(split, 7, 3, 4)
+    assert rows.shape == (21, 4) and T.shape == (21,)
+    for epoch in rows.reshape(3, 28):
+        assert len(set(epoch)) == 28 and set(epoch) < set(range(30))
+    assert len({tuple(epoch) for epoch in rows.reshape(3, 28)}) == 3  # in another order
+    for step, of_step in enumerate(rows):
+        longest = max(LENGTHS[row] for row in of_step)
+        assert T[step] % 32 == 0 and T[step] - 32 < longest <= T[step]
+    assert same(finetune_glue.plan(split, 7, 3, 4)[0].tolist(), rows.tolist())
+    assert finetune_glue.plan(split, 8, 3, 4)[0].tolist() != rows.tolist()
+
+
+def test_padding_changes_no_logit_and_evaluation_keeps_the_order():
+    tuning, split = tuning_of(LENGTHS)
+    logits = tuning.predict(split)
+    with torch.no_grad():
+        for i, length in enumerate(LENGTHS):
+            ids, keep, _ = finetune_glue.batch_of(split, [i], length)
+            alone = tuning.model(ids, None)
+            assert keep.all() and np.allclose(logits[i], alone, atol=1e-5)
+    assert len(np.unique(logits[:, 0].round(5))) == 30  # rows differ, so that order would show
+
+
+def test_a_trial_is_adamw_on_its_batches():
+    """Against the plain loop: padded to each batch's longest, lr a number, a new optimizer."""
+    tuning, split = tuning_of(LENGTHS, lr=1e-3)
+    tuning.model.double()
+    tuning.reset(5)
+    reference = copy.deepcopy(tuning.model)
+    rows, T = finetune_glue.plan(split, 5, 2, 4)
+    tuning.fit(rows, T, lambda tokens: None)
+
+    optimizer = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.98), eps=1e-6,
+                                  weight_decay=0.0)
+    for step, chosen in enumerate(rows):
+        ids = split.ids[chosen, : max(LENGTHS[i] for i in chosen)]
+        logits = reference(ids, ids > 0).float()
+        loss = torch.nn.functional.cross_entropy(logits, split.labels[chosen])
+        optimizer.param_groups[0]["lr"] = finetune_glue.lr_at(step, len(rows), 1e-3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(tuning.model.parameters(), reference.parameters()):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_trial_repeats_and_leaves_nothing_to_the_next():
+    """In the same tensors, whose addresses a recorded graph holds."""
+    tuning, split = tuning_of(LENGTHS, dropout=0.1)
+
+    def trial(tuning, seed):
+        tuning.reset(seed)
+        tuning.fit(*finetune_glue.plan(split, seed, 2, 4), lambda tokens: None)
+        return [p.detach().clone() for p in tuning.model.parameters()]
+
+    def places():
+        return [t.data_ptr() for t in [*tuning.model.state_dict().values(), *(
+            t for state in tuning.optimizer.state.values() for t in state.values())]]
+
+    first, at = trial(tuning, 0), places()
+    second = trial(tuning, 1)
+    assert same(trial(tuning, 0), first) and places() == at
+    assert not same(first, second) and same(trial(tuning_of(LENGTHS, dropout=0.1)[0], 1), second)
+
+
+@pytest.mark.parametrize("device, dtype, expected", [
+    ("cuda", torch.bfloat16, {32, 128}), ("cuda", torch.float16, set()),
+    ("cpu", torch.float32, set())])
+def test_blocks_are_compiled_only_for_lengths_with_many_steps(monkeypatch, device, dtype, expected):
+    monkeypatch.setattr(finetune_glue, "can_compile", lambda device: True)
+    few = finetune_glue.COMPILE_STEPS - 1
+    steps = {32: few + 1, 64: few, 96: 1, 128: 100_000}
+    assert finetune_glue.lengths_to_compile(steps, torch.device(device), dtype) == expected
+    monkeypatch.setattr(finetune_glue, "can_compile", lambda device: False)
+    assert not finetune_glue.lengths_to_compile(steps, torch.device(device), dtype)
+
+
+def test_blocks_share_one_compiled_code_for_each_length():
+    """Sixteen blocks would otherwise take sixteen times as long to compile."""
+    from torch._dynamo.utils import counters
+
+    model = model_of(seq_len=96, layers=3, dropout=0.1).float().train()
+    torch.compiler.reset()
+    counters.clear()
+    for block in model.blocks:
+        block.compile(dynamic=False, backend="aot_eager")
+    for T in (32, 64, 32):
+        model.encode(torch.full((2, T), 7), torch.ones(2, T, dtype=torch.bool)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+# --- Bad input
+
+
+@pytest.mark.parametrize("task, columns, flags, words", [
+    ("cola", {"label": 2}, (), "label 2 is not from 0 to 1"),
+    ("cola", {"label": -1}, (), "label -1 is not from 0 to 1"),
+    ("stsb", {"label": 5.5}, (), "label 5.5 is not from 0 to 5"),
+    ("cola", {"label": None}, (), "label None"),
+    ("cola", {"sentence": 3}, (), "not a string"),
+    ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
+    ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
+    ("nli", {}, (), "invalid choice"),
+    ("mrpc", {}, (), "no train.jsonl"),
 ])
-def test_glue_says_what_is_wrong(train, tmp_path, task, columns, words):
+def test_glue_says_what_is_wrong(train, tmp_path, task, columns, flags, words):
     train(steps=2)
     if task in ("cola", "stsb"):
         write_glue(tmp_path / "glue", task, **columns)
     printed = script("finetune_glue.py", "--task", task, "--ckpt", tmp_path / "out/ckpt.pt",
-                     "--data", tmp_path / "glue", code=2 if task == "nli" else 1)
+                     "--data", tmp_path / "glue", *flags, code=2 if task == "nli" else 1)
     assert words in printed and "Traceback" not in printed
 
 
-def test_glue_needs_its_columns(train, tmp_path):
-    train(steps=2)
-    folder = write_glue(tmp_path / "glue", "cola")
-    rows = [json.dumps({"text": "x", "label": 0})] * 20
-    (folder / "cola/train.jsonl").write_text("\n".join(rows))
-    printed = script("finetune_glue.py", "--task", "cola", "--ckpt", tmp_path / "out/ckpt.pt",
-                     "--data", folder, code=1)
-    assert "needs the columns sentence and label" in printed
+def test_glue_needs_its_columns_and_its_splits(glue, tmp_path):
+    folder = write_glue(tmp_path / "glue", "cola") / "cola"
+    (folder / "test.jsonl").unlink()
+    glue("--task", "cola", "--trials", 1, "--epochs", 1)  # needed by --test only
+    with pytest.raises(cram.CramError, match="no test.jsonl"):
+        glue("--task", "cola", "--trials", 1, "--epochs", 1, "--test")
+    assert not (tmp_path / "out/glue_test").exists()
+    (folder / "train.jsonl").write_text("\n".join([json.dumps({"text": "x", "label": 0})] * 20))
+    with pytest.raises(cram.CramError, match="needs the columns sentence and label"):
+        glue("--task", "cola")
+    (tmp_path / "out/glue.json").write_text('{"runs": 3}')
+    write_glue(tmp_path / "glue", "cola")
+    with pytest.raises(cram.CramError, match="glue.json is not a results file"):
+        glue("--task", "cola")
