@@ -144,7 +144,7 @@ def check(s):
         if not getattr(s, name) > 0:
             raise CramError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
     if s.width % (2 * s.heads):
-        raise CramError(f"--width {s.width} must be a multiple of twice --heads {s.heads}")
+        raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
     if not 0 < s.mask_rate < 1:
         raise CramError(f"--mask-rate must be between 0 and 1, not {s.mask_rate}")
     for name in ("ramp", "lr_start", "warmup", "decay"):
@@ -362,6 +362,7 @@ def lr_at(f, s):
 
     The paper's (config bert-o4) is lr · min(0.25 + f, 4 (1 - f)), with its peak at f = 0.75.
     """
+    f = max(f, 0.0)
     up = s.lr_start + (1 - s.lr_start) * f / s.warmup if s.warmup else 1.0
     down = (1 - f) / s.decay if s.decay else 1.0
     return s.lr * max(0.0, min(up, 1.0, down))
@@ -707,9 +708,12 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x):
     """Bring the singular values of matrices x (N, rows, columns) near 1: five Newton-Schulz steps
-    x <- a x + b (x x') x + c (x x')² x in bf16, with Jordan's coefficients."""
+    x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is good enough for them,
+    but very slow where the chip has no bf16."""
     tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16().mT if tall else x.bfloat16()
+    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        x = x.bfloat16()
+    x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -915,6 +919,7 @@ def train(s, saved=None):
     saved_at = time.monotonic()
     first_rows, first_s = timed_rows, timed_s = run.rows, clock.training()
     tokens_per_s, loss_mean = 0.0, None
+    lr, batch = lr_at(0, s), batch_at(0, s)
     print(COLUMNS)
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
@@ -924,16 +929,11 @@ def train(s, saved=None):
         elapsed, run.s_per_row, save, asked = team.agree(
             clock.elapsed(), run.s_per_row, save, stop.asked)
         f = progress(elapsed)
-        lr, batch = lr_at(f, s), batch_at(f, s)
-        if asked or f >= 1 or not s.steps and elapsed + batch * run.s_per_row > budget_s:
-            break  # a stop was asked for, the budget is spent, or the step would end after it
-
         measure = int(20 * f) > int(20 * run.looked_at)
         line = measure or int(f / interval) > int(run.looked_at / interval)
         run.looked_at = f
-        if line and run.rows > timed_rows:
+        if line and f < 1 and run.rows > timed_rows:
             log_line(f, lr, batch, measure)
-            continue  # it is later now
         if save:
             with clock.part("save"):
                 try:
@@ -941,14 +941,21 @@ def train(s, saved=None):
                 except OSError as error:
                     print(f"{error}; training goes on, the last.pt from before is kept")
             saved_at = time.monotonic()
-            continue
-        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch:  # the speed is known
+        if line or save:  # it is later now
+            elapsed, = team.agree(clock.elapsed())
+            f = progress(elapsed)
+        late = not s.steps and elapsed + batch_at(f, s) * run.s_per_row > budget_s
+        if asked or f >= 1 or late:
+            break  # a stop was asked for, the budget is spent, or the step would end after it
+
+        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch_at(f, s):  # the speed is known
             fitted = True
             seconds, = team.agree(clock.training() - first_s)
             fit_order(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
             fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
 
         began = clock.training()
+        lr, batch = lr_at(f, s), batch_at(f, s)
         rows = fetched.result()[:batch]
         fetched = reader.submit(read, run.rows + batch)
         loss = accumulate_what_fits(rows)

@@ -118,7 +118,7 @@ def untimed(entry):
 
 def assert_same_run(one, other):
     (a, a_log), (b, b_log) = one, other
-    for key in ("model", "optimizer", "order", "data"):
+    for key in ("model", "optimizers", "order", "data"):
         assert same(a[key], b[key]), key
     assert same(untimed(a["run"]), untimed(b["run"]))
     assert same([*map(untimed, a_log)], [*map(untimed, b_log)])
@@ -381,9 +381,9 @@ def test_prepare_starts_over_only_when_told(tmp_path, data):
 # ------------------------------------------------------------------------------ the model
 
 
-def model_of(vocab=50, seq_len=16, layers=2, width=32, heads=4, dropout=0.0):
+def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, dropout=0.0):
     torch.manual_seed(1)
-    s = cram.Settings(layers=layers, width=width, heads=heads)
+    s = cram.Settings(model=kind, layers=layers, width=32, heads=4)
     model = cram.CrammedBERT(s, vocab, seq_len, dropout)
     for p in model.parameters():  # norms and scale away from 1 and 0, which would hide mistakes
         p.data = p.data + 0.1 * torch.randn_like(p)
@@ -417,8 +417,8 @@ def reference_encode(w, ids, heads, keep):
         x[t] = norm(x[t], "embed_norm")
     for layer in range(layers):
         b = f"blocks.{layer}."
-        q, k, v = np.split(np.stack([w[b + "attention.qkv.weight"] @ norm(x[t], b + "norm1")
-                                     for t in range(T)]), 3, axis=1)
+        q, k, v = (np.stack([w[f"{b}attention.{name}.weight"] @ norm(x[t], b + "norm1")
+                             for t in range(T)]) for name in "qkv")
         mixed = np.zeros((T, C))
         for h in range(heads):
             part = slice(h * D, h * D + D)
@@ -429,8 +429,9 @@ def reference_encode(w, ids, heads, keep):
                     mixed[t, part] += scores[u] / sum(scores) * v[u, part]
         for t in range(T):
             x[t] += w[b + "attention.out.weight"] @ mixed[t]
-            value, gate = np.split(w[b + "ffn.up.weight"] @ norm(x[t], b + "norm2"), 2)
-            x[t] += w[b + "ffn.down.weight"] @ (value * gelu(gate))
+            y = norm(x[t], b + "norm2")
+            gated = (w[b + "ffn.up.weight"] @ y) * gelu(w[b + "ffn.gate.weight"] @ y)
+            x[t] += w[b + "ffn.down.weight"] @ gated
     return np.stack([norm(x[t], "final_norm") for t in range(T)])
 
 
@@ -455,8 +456,35 @@ def test_forward_is_what_the_paper_says():
     assert loss.item() == pytest.approx(np.mean(surprise), abs=1e-5)
 
 
-def test_padding_changes_nothing():
-    model = model_of().eval()
+BOTH = pytest.mark.parametrize("kind", ["crammed", "modernbert"])
+
+
+@BOTH
+def test_the_last_block_may_look_at_the_masked_positions_only(kind):
+    model, ids = model_of(kind), torch.randint(50, (3, 16))
+    positions = torch.tensor([[3, 9], [0, 15], [7, 2]])
+    some = model.encode(ids, positions=positions)
+    torch.testing.assert_close(some, torch.stack([
+        row[at] for row, at in zip(model.encode(ids), positions)]))
+
+
+def test_rotary_attention_knows_distances_and_no_positions():
+    table = cram.rotary(16, 8).double()
+    q, k = torch.randn(2, 1, 1, 16, 8, dtype=torch.double)
+    q, k = q[:, :, :1].expand(q.shape), k[:, :, :1].expand(k.shape)  # one vector everywhere
+    scores = (cram.rotate(q, table) @ cram.rotate(k, table).mT)[0, 0]
+    for distance in range(-15, 16):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand(len(along)), rtol=1e-5, atol=1e-5)
+    assert scores[0].std() > 0.1
+    first, last = table[:, 1, 0], table[:, 1, 3]  # turns by 1 and by 10,000^(-3/4) a position
+    torch.testing.assert_close(first, torch.tensor([math.cos(1), math.sin(1)]), check_dtype=False)
+    torch.testing.assert_close(last, torch.tensor([math.cos(1e-3), math.sin(1e-3)]), check_dtype=False)
+
+
+@BOTH
+def test_padding_changes_nothing(kind):
+    model = model_of(kind).eval()
     ids = torch.randint(50, (1, 9))
     padded = torch.cat([ids, torch.randint(50, (1, 7))], 1)
     keep = torch.arange(16)[None] < 9
@@ -471,8 +499,9 @@ def test_dropout_only_where_asked():
     torch.testing.assert_close(dropping.eval().encode(ids), plain.encode(ids))
 
 
-def test_initial_weights():
-    model = cram.CrammedBERT(cram.Settings(layers=2, width=128, heads=4), 1000, 128)
+@BOTH
+def test_initial_weights(kind):
+    model = cram.CrammedBERT(cram.Settings(model=kind, layers=2, width=128, heads=4), 1000, 128)
     for name, p in model.named_parameters():
         if p.ndim == 2:
             assert abs(p.std().item() - 0.02) < 0.001 and abs(p.mean().item()) < 0.001, name
@@ -496,22 +525,55 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("f, share", [(0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0),
                                       (-1, 0.25), (2, 0)])
 def test_learning_rate(f, share):
-    assert cram.lr_at(f, 1e-3) == pytest.approx(1e-3 * share)
+    assert cram.lr_at(f, cram.Settings()) == pytest.approx(1e-3 * share)
+
+
+@pytest.mark.parametrize("f, share", [(0, 0), (0.015, 0.5), (0.03, 1), (0.3, 1), (0.65, 0.5), (1, 0),
+                                      (2, 0)])
+def test_learning_rate_of_the_modern_recipe(f, share):
+    s = cram.Settings(**cram.RECIPES["modern"])
+    assert cram.lr_at(f, s) == pytest.approx(2e-3 * share)
+    assert cram.lr_at(f, cram.Settings(warmup=0, decay=0, lr=1)) == 1
 
 
 def test_batch_staircase():
-    assert [cram.batch_at(f, 8192) for f in (0, 0.0374, 0.0376, 0.3, 0.5624, 0.5626, 1)] == [
+    s = cram.Settings
+    assert [cram.batch_at(f, s()) for f in (0, 0.0374, 0.0376, 0.3, 0.5624, 0.5626, 1)] == [
         512, 512, 1024, 4608, 7680, 8192, 8192]
-    assert [cram.batch_at(f, 32) for f in (0, 0.0376, 1)] == [2, 4, 32]
-    assert cram.batch_at(0, 1) == cram.batch_at(1, 1) == 1
+    assert [cram.batch_at(f, s(batch=32)) for f in (0, 0.0376, 1)] == [2, 4, 32]
+    assert cram.batch_at(0, s(batch=1)) == cram.batch_at(1, s(batch=1)) == 1
+    assert cram.batch_at(0, s(batch=32, ramp=0)) == 32
 
 
 def test_weight_decay_spares_the_norms():
     model = cram.CrammedBERT(cram.Settings(layers=1, width=8, heads=1), 20, 8)
-    with_decay, without = cram.build_optimizer(model, cram.Settings()).param_groups
+    [adamw] = cram.build_optimizers(model, cram.Settings())
+    with_decay, without = adamw.param_groups
     assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0)
     assert len(without["params"]) == 8 and {p.ndim for p in without["params"]} == {1}
-    assert len(with_decay["params"]) == 6  # embedding, position scale, four matrices
+    assert len(with_decay["params"]) == 9  # embedding, position scale, seven matrices
+
+
+def test_muon_is_torchs_muon_for_the_matrices_of_the_blocks():
+    s = cram.Settings(**cram.RECIPES["modern"], layers=2, width=32, heads=2)
+    model = cram.CrammedBERT(s, 50, 16)
+    adamw, ours = cram.build_optimizers(model, s)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    assert {p for g in ours.param_groups for p in g["params"]} == set(matrices)
+    everything = [p for o in (adamw, ours) for g in o.param_groups for p in g["params"]]
+    assert len(everything) == len(set(everything)) == len([*model.parameters()])
+    starts = [p.detach().clone() for p in matrices]
+    copies = [torch.nn.Parameter(p.clone()) for p in starts]
+    theirs = torch.optim.Muon(copies, lr=s.lr, weight_decay=s.weight_decay,
+                              adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, copy in zip(matrices, copies):
+            p.grad = torch.randn_like(p)
+            copy.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, copy, start in zip(matrices, copies, starts):  # theirs computes in bf16
+        assert (p - copy).norm() < 0.03 * (copy - start).norm()
 
 
 def test_masks_are_exact_and_never_the_same():
@@ -543,14 +605,14 @@ def test_masks_depend_on_the_seed_and_the_step():
 
 
 def test_row_order():
-    order = cram.RowOrder(10, seed=0)
+    order = cram.RowOrder(10, cram.Settings())
     assert order.rows_at(0, 10).tolist() == [*range(10)]
     passes = [order.rows_at(10 * n, 10).tolist() for n in (1, 2, 3)]
     assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 3
     pieces = np.concatenate([order.rows_at(3 * i, 3) for i in range(12)])
     assert pieces.tolist() == order.rows_at(0, 36).tolist()
 
-    order = cram.RowOrder(1000, seed=0)
+    order = cram.RowOrder(1000, cram.Settings())
     order.fit(100, 300)  # 900 rows are ahead, and time for 300 of them
     rows = order.rows_at(100, 300)
     assert rows[0] == 100 and set(np.diff(rows)) == {3} and rows[-1] == 997
@@ -559,16 +621,26 @@ def test_row_order():
     assert order.rows_at(200, 3).tolist() == [400, 401, 402]
 
 
+def test_random_row_order():
+    order = cram.RowOrder(10, cram.Settings(order="random"))
+    order.fit(0, 5)
+    passes = [order.rows_at(10 * n, 10).tolist() for n in (0, 1, 2)]
+    assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 3
+    assert [*range(10)] not in passes
+    other = cram.RowOrder(10, cram.Settings(order="random", seed=1)).rows_at(0, 10).tolist()
+    assert other != passes[0]
+
+
 # ------------------------------------------------------------------------------ a training run
 
 
 def test_a_run_learns_and_keeps_its_books(train, data):
     saved, log = train(steps=200)
     s = cram.Settings(**saved["settings"])
-    rows = [cram.batch_at(k / 200, s.batch) for k in range(200)]
+    rows = [cram.batch_at(k / 200, s) for k in range(200)]
     for line in log[:-1]:
         assert line["tokens"] == 32 * sum(rows[: line["step"]])
-        assert line["lr"] == cram.lr_at((line["step"] - 1) / 200, s.lr)
+        assert line["lr"] == cram.lr_at((line["step"] - 1) / 200, s)
         assert line["batch"] == rows[line["step"] - 1]
         assert line["mfu"] is None and line["tokens_per_s"] > 0
     assert [line["step"] for line in log if "val_loss" in line] == [*range(10, 201, 10)]
@@ -619,7 +691,7 @@ def test_gradient_of_a_step_is_that_of_its_whole_batch(train, data, monkeypatch)
     model = cram.CrammedBERT(cram.Settings(**TINY), json.loads(
         (data / "meta.json").read_text())["vocab_size"], 32)
     rows = np.fromfile(data / "train.bin", "<u2").reshape(-1, 32)
-    order = cram.RowOrder(len(rows), 0)
+    order = cram.RowOrder(len(rows), cram.Settings())
     order.fit(0, 3)
     batch = torch.from_numpy(rows[order.rows_at(0, 3)].astype(np.int64))
     masked = cram.mask_tokens(batch, 0.25, len(model.embed.weight),
@@ -648,7 +720,7 @@ def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
     """A step that would not fit is not begun: with steps of 0.5 s, 2.2 s hold four."""
     real = cram.mask_tokens
     monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.5), real(*a))[1])
-    monkeypatch.setattr(cram, "batch_at", lambda f, batch: 4)
+    monkeypatch.setattr(cram, "batch_at", lambda f, s: 4)
     saved, log = train(hours=2.3 / 3600, batch=16)
     assert saved["run"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
 
@@ -853,6 +925,147 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training(train, monkeypatch, c
     assert torch.load(target, weights_only=True) == {"a": 1}
 
 
+# ------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture
+def team(data, tmp_path):
+    """Start cram.py in two processes: team(out, flag=value, ...) -> the torchrun process."""
+    started = []
+
+    def run(out, **flags):
+        flags = {"data": data, **TINY, "batch": 37, "microbatch": 4, **flags, "out": tmp_path / out}
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             HERE / "cram.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return started[-1]
+
+    run.folder = tmp_path
+    yield run
+    for process in started:
+        process.kill()
+
+
+def workers(torchrun, out):
+    """Process ids of rank 0 and 1, once the run has written a line of its log."""
+    log = out / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert torchrun.poll() is None
+        time.sleep(0.02)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)],
+                            capture_output=True, text=True).stdout.split()
+    return sorted(map(int, listed))
+
+
+def assert_close_runs(one, other, tolerance):
+    (a, a_log), (b, b_log) = one, other
+    for name, p in a["model"].items():
+        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=tolerance)
+    assert a["run"]["rows"] == b["run"]["rows"] and len(a_log) == len(b_log)
+    for line, other_line in zip(a_log, b_log):
+        for key in ("loss", "val_loss"):
+            if key in line:
+                assert line[key] == pytest.approx(other_line[key], abs=100 * tolerance)
+
+
+@pytest.mark.parametrize("recipe, tolerance", [
+    ("crammed", 2e-5), ("modern", 2e-4)])  # Muon makes much of little
+def test_two_processes_end_where_one_ends(team, train, recipe, tolerance):
+    flags = {"recipe": recipe, "steps": 12}
+    two = team("two", **flags)
+    one = train("one", **flags, batch=37)
+    printed, _ = two.communicate(timeout=120)
+    assert two.returncode == 0 and printed.count("validation loss") == 1, printed
+    assert_close_runs(one, read_run(team.folder / "two"), tolerance)
+
+
+def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(team, train):
+    two = team("two", steps=2000)
+    os.kill(workers(two, team.folder / "two")[1], signal.SIGTERM)
+    printed, _ = two.communicate(timeout=60)
+    assert "and saved; go on with --resume" in printed
+    stopped = torch.load(team.folder / "two/last.pt", weights_only=True)["run"]["step"]
+    assert 0 < stopped < 2000 and not (team.folder / "two/ckpt.pt").exists()
+    train("two", resume=True, steps=stopped + 3)
+    assert (team.folder / "two/ckpt.pt").exists()
+
+
+def test_a_process_that_dies_takes_the_other_with_it(team, train):
+    two = team("two", steps=2000, **{"save-minutes": 0.002})
+    out = team.folder / "two"
+    pids = workers(two, out)
+    while not (out / "last.pt").exists():
+        time.sleep(0.02)
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    printed, _ = two.communicate(timeout=60)
+    assert two.returncode != 0 and "has lost another process of the run" in printed
+    assert time.monotonic() - began < 60
+    saved = torch.load(out / "last.pt", weights_only=True)["run"]["step"]
+    train("two", resume=True, steps=saved + 3)
+    assert (out / "ckpt.pt").exists()
+
+
+# ------------------------------------------------------------------------------ export
+
+
+def test_an_exported_model_is_the_same_in_transformers(train):
+    transformers = pytest.importorskip("transformers")
+    train(recipe="modern", steps=80)
+    ckpt, folder = train.folder / "out/ckpt.pt", train.folder / "exported"
+    printed = script("cram.py", "--out", train.folder / "out", "--export", folder)
+    assert str(folder) in printed
+
+    model, tokenizer = cram.load_checkpoint(ckpt)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [f"{WORDS[3]} <mask> {WORDS[5]}.", f"{' '.join(WORDS[80:92])} <mask>"]
+    batch = tokens(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"][0, 0] == cram.CLS and batch["attention_mask"].min() == 0
+    for text, ids, keep in zip(texts, batch["input_ids"], batch["attention_mask"].bool()):
+        ours = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids[keep].tolist() == [cram.CLS, *ours, cram.SEP]
+
+    head = {"head.dense.weight", "head.norm.weight"}
+    classifier = {"classifier.weight", "classifier.bias"}
+    for kind, missing, unexpected in [("AutoModelForMaskedLM", set(), set()),
+                                      ("AutoModel", set(), head),
+                                      ("AutoModelForSequenceClassification", classifier, set())]:
+        theirs, report = getattr(transformers, kind).from_pretrained(
+            folder, output_loading_info=True)
+        assert type(theirs).__name__.startswith("ModernBert")
+        assert set(report["missing_keys"]) == missing, kind
+        assert set(report["unexpected_keys"]) == unexpected, kind
+
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    keep = batch["attention_mask"].bool()
+    with torch.no_grad():
+        a, b = theirs(**batch).logits, model.logits(batch["input_ids"], keep)
+    torch.testing.assert_close(a[keep], b[keep], rtol=0, atol=1e-3)
+
+    printed = script("cram.py", "--out", train.folder / "out", "--fill", texts[0])
+    guesses = transformers.pipeline("fill-mask", model=str(folder))(texts[0])
+    for guess in guesses:
+        assert f"{guess['token_str']} {guess['score']:.1%}" in printed
+
+    card = (folder / "README.md").read_text()
+    for words in ("recipe modern", "80 steps", "| cpu |", "text.jsonl", "nats"):
+        assert words in card, words
+
+
+def test_what_cannot_be_exported_is_said(train):
+    train(steps=2)
+    printed = script("cram.py", "--out", train.folder / "out", "--export", train.folder / "x", code=1)
+    assert "only --recipe modern" in printed and not (train.folder / "x").exists()
+    (train.folder / "full").mkdir()
+    (train.folder / "full/file").touch()
+    train("modern", steps=2, model="modernbert")
+    printed = script("cram.py", "--out", train.folder / "modern", "--export", train.folder / "full",
+                     code=1)
+    assert "not empty" in printed
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -920,9 +1133,9 @@ def damage(folder, what):
     ("", ["--hours", "-1"], "--hours must be a positive number"),
     ("", ["--hours", "nan"], "--hours must be a positive number"),
     ("", ["--hours", "soon"], "invalid float"),
-    ("", ["--width", "100", "--heads", "3"], "multiple of --heads"),
+    ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
     ("", ["--device", "tpu"], "cannot be used"),
-    ("", ["--recipe", "magic"], "unknown recipe"),
+    ("", ["--recipe", "magic"], "must be crammed or modern"),
     ("", ["--batch", "0"], "must be positive"),
     ("", ["--resume"], "no checkpoint"),
     ("", ["--fill", "a <mask>"], "no checkpoint"),
