@@ -135,27 +135,23 @@ class CramError(Exception):
 
 
 def check(s):
-    """Raise CramError for settings that cannot work together."""
-    if not (math.isfinite(s.hours) and s.hours > 0):
-        raise CramError(f"--hours must be a positive number of hours, not {s.hours}")
-    if s.steps < 0:
-        raise CramError(f"--steps must be a positive number of steps, not {s.steps}")
-    for name, words in WORDS.items():
-        if getattr(s, name) not in words:
-            raise CramError(f"--{name} must be {' or '.join(words)}, not {getattr(s, name)}")
-    for name in ("layers", "width", "heads", "batch", "microbatch", "lr", "clip", "save_minutes"):
-        if not getattr(s, name) > 0:
-            raise CramError(f"--{name.replace('_', '-')} must be positive, not {getattr(s, name)}")
+    """Raise CramError for settings that cannot work."""
+    rules = [
+        ("hours layers width heads batch microbatch lr eps clip save_minutes",
+         "a positive number", lambda x: 0 < x < math.inf),
+        ("steps weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
+        ("ramp lr_start warmup decay", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
+        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
+        ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
+        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
+        *((name, " or ".join(words), words.__contains__) for name, words in WORDS.items())]
+    for names, what, holds in rules:
+        for name in names.split():
+            value = getattr(s, name)
+            if not holds(value):
+                raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
     if s.width % (2 * s.heads):
         raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
-    if not 0 < s.mask_rate < 1:
-        raise CramError(f"--mask-rate must be between 0 and 1, not {s.mask_rate}")
-    for name in ("ramp", "lr_start", "warmup", "decay"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise CramError(f"--{name.replace('_', '-')} is a share, from 0 to 1, not "
-                            f"{getattr(s, name)}")
-    if not 0 <= s.seed < 2**31:
-        raise CramError(f"--seed must be from 0 to 2**31 - 1, not {s.seed}")
 
 
 # -------------------------------------------------------------------------------- 2. Model
@@ -377,10 +373,8 @@ def batch_at(f, s):
     Small batches learn more per token at first, large ones at the end. In the original the size of
     a stair is the microbatch, a hidden setting; here it is 1/16 of the batch on every card.
     """
-    if not s.ramp:
-        return s.batch
-    stair = max(1, s.batch // 16)
-    return min(stair * (1 + int(16 * f / s.ramp)), s.batch)
+    stairs = min(1 + int(16 * f / s.ramp), 16) if s.ramp else 16
+    return max(1, s.batch * stairs // 16)
 
 
 # -------------------------------------------------------------------------------- 4. Data
@@ -431,7 +425,9 @@ class RowOrder:
 
     def __init__(self, n_rows, s):
         self.n_rows, self.seed = n_rows, s.seed
-        self.start, self.start_row, self.stride = 0, 0 if s.order == "file" else n_rows, 1.0
+        self.start, self.start_row, self.stride = 0, 0, 1.0
+        if s.order == "random":
+            self.start_row = n_rows  # the first pass has nothing left to read
 
     def first_pass_end(self):
         return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
@@ -506,9 +502,9 @@ def load_whole(path):
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
         raise CramError(f"{path} is not a checkpoint of cram.py")
-    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
-    if unknown:
-        raise CramError(f"{path} was made by another version of cram.py, with {', '.join(unknown)}")
+    differs = set(content["settings"]) ^ {f.name for f in fields(Settings)}
+    if differs:
+        raise CramError(f"{path} was made by another version of cram.py: {', '.join(differs)}")
     return content
 
 
@@ -519,7 +515,9 @@ class Run:
     step: int = 0
     rows: int = 0  # taken so far, which is the position in the data
     elapsed_s: float = 0.0  # on the clock, when last.pt was written
-    s_per_row: float = 0.0  # of the last step
+    lr: float = 0.0  # of the last step
+    batch: int = 0
+    s_per_row: float = 0.0
     skipped: int = 0  # steps whose loss or gradient was not finite ...
     skipped_in_a_row: int = 0  # ... and of these the latest
     loss_sum: float = 0.0  # since the last line of the log
@@ -564,15 +562,18 @@ class Team:
     """
 
     def __init__(self):
-        self.rank, self.size = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
 
     def join(self, device):
         """Meet the others. gloo carries numbers of this program, NCCL what is on the cards."""
         if self.size > 1:
+            if device.type == "mps":
+                raise CramError("torchrun needs CUDA cards, or --device cpu")
             if self.rank:
                 sys.stdout = open(os.devnull, "w")
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            self.sum([torch.zeros(1, device=device)])  # NCCL takes its memory now, not at step 1
 
     def share(self, rows):
         """This process's part of something that can be sliced."""
@@ -607,21 +608,28 @@ class Team:
 
 
 class Stop:
-    """Ctrl-C and the like ask for a stop before the next microbatch; a second leaves at once."""
+    """Ctrl-C and the like ask for a stop before the next microbatch; a second leaves at once.
+
+    Signals that are ignored stay so: nohup and the shell's & count on it.
+    """
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                if hasattr(signal, name)]  # Windows has no SIGHUP
 
     def __init__(self):
         self.asked = False
-        for number in self.SIGNALS:
+
+    def listen(self):
+        self.heard = [n for n in self.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        for number in self.heard:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = True
-        for number in self.SIGNALS:
+        for number in self.heard:
             signal.signal(number, signal.SIG_DFL)
-        os.write(1, b"\nstopping; once more to leave at once\n")  # print may be under way already
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
+            os.write(1, b"\nstopping; once more to leave at once\n")
 
 
 def open_log(path, step):
@@ -718,10 +726,10 @@ def orthogonalize(x):
         x = x.bfloat16()
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                          beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -768,10 +776,11 @@ def train(s, saved=None):
             torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
         )
         torch.manual_seed(s.seed)
-        model = CrammedBERT(s, data.vocab_size, data.seq_len).to(device)
+        with device:  # the CPU would take seconds to draw 120 M weights
+            model = CrammedBERT(s, data.vocab_size, data.seq_len)
         use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's note to itself
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # a fusion that is not used
         optimizers = build_optimizers(model, s)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator(device)
@@ -799,18 +808,22 @@ def train(s, saved=None):
     budget_s = s.hours * 3600
     interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # progress from line to line
     flops = flops_per_token(model, s, data.seq_len)
+    microbatch = s.microbatch
+    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
+    tokens_per_s, loss_mean, timed_rows, timed_s = 0.0, None, run.rows, 0.0
+    stop = Stop()
 
     def progress(elapsed):
         return run.step / s.steps if s.steps else elapsed / budget_s
 
-    def save_last(elapsed):
-        if team.rank:
-            return
-        run.elapsed_s = elapsed
-        save_whole(out / "last.pt", {
-            "settings": asdict(s), "data": data.identity, "run": asdict(run), "clock": clock.parts,
-            "order": (order.start, order.start_row, order.stride), "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()})
+    def save_last():
+        if team.rank == 0:
+            run.elapsed_s = clock.elapsed()
+            save_whole(out / "last.pt", {
+                "settings": asdict(s), "data": data.identity, "run": asdict(run),
+                "clock": clock.parts, "order": (order.start, order.start_row, order.stride),
+                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                "scaler": scaler.state_dict()})
 
     # A thread reads the next rows while the card computes. How many a step takes is known only
     # when it begins, so as many are read as it can take.
@@ -828,10 +841,10 @@ def train(s, saved=None):
         masked = mask_tokens(rows.to(device).long(), s.mask_rate, data.vocab_size, generator)
         share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
-        for i in range(0, len(share[0]), s.microbatch):
-            if stop and stop.asked and team.size == 1:  # several stop together, between steps
+        for i in range(0, len(share[0]), microbatch):
+            if stop.asked and team.size == 1:  # several stop together, between steps
                 return None
-            micro = [x[i : i + s.microbatch] for x in share]
+            micro = [x[i : i + microbatch] for x in share]
             with autocast():
                 loss = compiled(*micro) * (len(micro[0]) / len(rows))
             scaler.scale(loss).backward()
@@ -840,6 +853,7 @@ def train(s, saved=None):
 
     def accumulate_what_fits(rows):
         """The same, with half as many rows at a time until the card's memory holds them."""
+        nonlocal microbatch
         while True:
             full = False
             try:
@@ -851,16 +865,16 @@ def train(s, saved=None):
             # Out of the except clause, which keeps the memory of the frames that failed
             if not any(team.agree(full)):
                 return total
-            if min(s.microbatch, len(rows)) == 1:
+            microbatch = min(microbatch, -(-len(rows) // team.size)) // 2
+            if not microbatch:
                 raise CramError("a single row at a time does not fit into the card's memory")
-            s.microbatch = min(s.microbatch, len(rows)) // 2
-            print(f"out of memory: {s.microbatch} rows at a time from here on, the same recipe")
+            print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
             model.zero_grad()
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def log_line(f, lr, batch, measure):
+    def log_line(f, measure):
         """Write a line of the log, with the validation loss if `measure`; returns it."""
         nonlocal timed_rows, timed_s, tokens_per_s, loss_mean
         if run.loss_steps:
@@ -869,14 +883,14 @@ def train(s, saved=None):
             seconds = clock.training() - timed_s
             tokens_per_s = (run.rows - timed_rows) * data.seq_len / seconds
         entry = {"step": run.step, "tokens": run.rows * data.seq_len,
-                 "elapsed_s": clock.elapsed(), "progress": f, "lr": lr, "batch": batch,
+                 "elapsed_s": clock.elapsed(), "progress": f, "lr": run.lr, "batch": run.batch,
                  "loss": loss_mean, "tokens_per_s": tokens_per_s,
                  "mfu": tokens_per_s * flops / peak_flops if peak_flops else None}
         run.loss_sum, run.loss_steps = 0.0, 0
         timed_rows, timed_s = run.rows, clock.training()
         if measure:
             with clock.part("validate"):
-                entry["val_loss"] = validate(model, autocast, val_set, s.microbatch, team)
+                entry["val_loss"] = validate(model, autocast, val_set, microbatch, team)
         if team.rank == 0:
             print(columns(entry), flush=True)
             try:
@@ -898,19 +912,19 @@ def train(s, saved=None):
           f"{len(data.train):,} rows of {data.seq_len} tokens\n"
           f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
           "unigram entropy")
-    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
-    fitted = bool(s.steps)
+    stride_is_set = bool(s.steps)
     if s.steps and new_budget:
         fit_order(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
     if run.step and new_budget:
         print("another budget: the schedule goes on at what is spent / the new budget")
-        run.looked_at = progress(clock.elapsed())
-    stop = None
-    if use_compile:  # with gradients that reach nothing; two sizes, if the steps need several
+        run.looked_at = progress(*team.agree(clock.elapsed()))
+    if use_compile:
+        # A step without an update, on rows of nothing, compiles what it runs. Where steps end in
+        # microbatches of several sizes a second one follows: the compiler then makes code for all.
         with clock.part("compile"):
             batches = {batch_at(k / 64, s) // team.size for k in range(65)}
-            sizes = {b % s.microbatch or s.microbatch for b in batches if b > s.microbatch}
-            sizes |= {min(b, s.microbatch) for b in batches}
+            sizes = {b % microbatch or microbatch for b in batches if b > microbatch}
+            sizes |= {min(b, microbatch) for b in batches}
             for size in sorted({min(sizes), max(sizes)}):
                 rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
                 accumulate_what_fits(rows).item()
@@ -919,38 +933,37 @@ def train(s, saved=None):
     fetched = reader.submit(read, run.rows)
     saved_at = time.monotonic()
     first_rows, first_s = timed_rows, timed_s = run.rows, clock.training()
-    tokens_per_s, loss_mean = 0.0, None
-    lr, batch = lr_at(0, s), batch_at(0, s)
     print(COLUMNS)
-    stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
+    stop.listen()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        save = (clock.parts["save"] < SAVE_SHARE * clock.elapsed()
+        save = (team.rank == 0 and clock.parts["save"] < SAVE_SHARE * clock.elapsed()
                 and time.monotonic() - saved_at > 60 * s.save_minutes)
         elapsed, run.s_per_row, save, asked = team.agree(
             clock.elapsed(), run.s_per_row, save, stop.asked)
+        if asked:
+            break
         f = progress(elapsed)
         measure = int(20 * f) > int(20 * run.looked_at)
         line = measure or int(f / interval) > int(run.looked_at / interval)
-        run.looked_at = f
-        if line and f < 1 and run.rows > timed_rows:
-            log_line(f, lr, batch, measure)
+        if line and f < 1 and run.step:
+            run.looked_at = f
+            log_line(f, measure)
         if save:
             with clock.part("save"):
                 try:
-                    save_last(elapsed)
+                    save_last()
                 except OSError as error:
                     print(f"{error}; training goes on, the last.pt from before is kept")
             saved_at = time.monotonic()
         if line or save:  # it is later now
             elapsed, = team.agree(clock.elapsed())
             f = progress(elapsed)
-        late = not s.steps and elapsed + batch_at(f, s) * run.s_per_row > budget_s
-        if asked or f >= 1 or late:
-            break  # a stop was asked for, the budget is spent, or the step would end after it
+        if f >= 1 or not s.steps and elapsed + batch_at(f, s) * run.s_per_row > budget_s:
+            break  # the budget is spent, or the step would end after it
 
-        if not fitted and f > 0.01 and run.rows - first_rows >= 5 * batch_at(f, s):
-            fitted = True  # the speed is known
+        if not stride_is_set and f > 0.01 and run.rows - first_rows >= 5 * batch_at(f, s):
+            stride_is_set = True  # the speed is known
             seconds, = team.agree(clock.training() - first_s)
             fit_order(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
             fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
@@ -987,18 +1000,22 @@ def train(s, saved=None):
         model.zero_grad()
         run.step += 1
         run.rows += batch
+        run.lr, run.batch = lr, batch
         run.s_per_row = (clock.training() - began) / batch
 
     elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
     parts = {"train": clock.training(), **clock.parts}
     reader.shutdown(cancel_futures=True)
     if asked:
-        save_last(elapsed)
+        save_last()
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
-    save_last(elapsed)
-    last = log_line(progress(elapsed), lr, batch, measure=True)
+    try:
+        save_last()
+    except OSError as error:  # the model itself may still fit
+        print(f"{error}; the run cannot be extended later")
+    last = log_line(progress(elapsed), measure=True)
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
             "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
@@ -1087,6 +1104,7 @@ def export(path, folder):
         start, end = end, end + 4 * weight.numel()
         header[name] = {"dtype": "F32", "shape": weight.shape, "data_offsets": [start, end]}
     header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
     with open(folder / "model.safetensors", "wb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
         for weight in weights.values():
@@ -1141,6 +1159,8 @@ def settings_for(given, resume):
     if resume:
         saved = load_whole(out / "last.pt")
         before = saved["settings"]
+        if "run" not in saved:
+            raise CramError(f"{out}/last.pt is a finished model, not a run under way")
         differs = [f"--{key.replace('_', '-')} {value} (was {before[key]})"
                    for key, value in given.items()
                    if key not in FREE_ON_RESUME and value != before[key]]
@@ -1203,4 +1223,4 @@ if __name__ == "__main__":
     except (CramError, OSError) as error:
         sys.exit(f"cram.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ncram.py: stopped before the first step")
+        sys.exit("\ncram.py: stopped; nothing was saved")
