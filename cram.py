@@ -1215,6 +1215,7 @@ def main():
     else:
         train(*settings_for(given, resume))
         if dist.is_initialized():
+            dist.barrier()  # rank 0 may still be writing
             dist.destroy_process_group()
 
 
