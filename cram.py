@@ -17,7 +17,8 @@ faster: RECIPES has what it changes. How the paper's differs from an ordinary BE
 - one clock: learning rate and batch size follow the share of the time budget that is spent.
 
 One H200 trains at 700,000 tokens a second, 44 % of its peak; README.md has what comes of it, with
-the commands. The sections: settings, model, masking and schedules, data, checkpoints, training.
+the commands. The sections: settings, model, masking and schedules, data, checkpoints, training,
+and what to do with the finished model.
 """
 
 import argparse
@@ -280,7 +281,7 @@ class GatedFFN(nn.Module):
     """up(x) · GELU(gate(x)): one half of the inner layer opens and closes the other.
 
     Two matrices where others split the output of one (as with q, k and v): the backward pass then
-    has no gradients to copy together, and a step takes some 5 % less.
+    has no gradients to copy together.
     """
 
     def __init__(self, width):
@@ -735,7 +736,8 @@ def orthogonalize(x):
 
 
 def build_optimizers(model, s):
-    """AdamW for everything; with --optimizer muon, for all but the blocks' matrices."""
+    """AdamW for everything; with --optimizer muon, for all but the blocks' matrices. Of these q, k
+    and v count as three; the embedding, which is also the decoder, and the head stay with AdamW."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and s.optimizer == "muon"]
     taken = set(matrices)
     others = [p for p in model.parameters() if p not in taken]

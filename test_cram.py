@@ -1,7 +1,7 @@
-"""What the three scripts promise, as tests: pytest -q (two minutes on two cores, no network).
+"""What the three scripts promise, as tests: pytest -q (three minutes on two cores, no network).
 
-Sections: preparing data, the model, the recipe, a training run, a run that is interrupted,
-bad input, GLUE. Everything runs on small text that is made here.
+Sections: preparing data, the model, the recipe, a training run, a run that is interrupted, several
+processes, export, bad input, GLUE. Everything runs on small text that is made here.
 """
 
 import argparse
