@@ -73,7 +73,7 @@ class Settings:
     heads: int = 12  # attention heads of width / heads channels
 
     # Optimization: paper section 4.3
-    optimizer: str = "adamw"  # of the blocks' matrices, adamw or muon; all else is adamw's
+    optimizer: str = "adamw"  # of blocks' and head's matrices, adamw or muon; all else is adamw's
     batch: int = 8192  # rows per optimizer step after the ramp
     ramp: float = 0.6  # share of the budget over which the batch grows from 1/16; 0: no growth
     lr: float = 1e-3  # peak learning rate
@@ -88,6 +88,7 @@ class Settings:
 
     # Data
     mask_rate: float = 0.25  # share of tokens to guess: above BERT's 15 %, rows are seen about once
+    mask_replace: float = 0.8  # share of these that becomes <mask>; half the rest is random tokens
     order: str = "file"  # of the first pass: the file's, short sentences first; or random
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
@@ -105,7 +106,7 @@ RECIPES = {  # what a recipe sets where the command line does not
     "modern": {  # README.md has what each is worth; chosen at two minutes, not yet for a day
         "model": "modernbert", "optimizer": "muon", "order": "random",
         "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
-        "weight_decay": 0.05, "clip": 1.0,
+        "weight_decay": 0.05, "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
     },
 }
 
@@ -141,7 +142,7 @@ def check(s):
         ("hours layers width heads batch microbatch lr eps clip save_minutes",
          "a positive number", lambda x: 0 < x < math.inf),
         ("steps weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
-        ("ramp lr_start warmup decay", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
+        ("ramp lr_start warmup decay mask_replace", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
         ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
         ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
         ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
@@ -189,9 +190,13 @@ class CrammedBERT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C)."""
+        """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C).
+        With --model modernbert each block begins as the identity: what it adds to x is zero."""
+        modern = hasattr(self, "rotary")
         for name, p in self.named_parameters():
-            if p.ndim == 2:
+            if p.ndim == 2 and modern and name.endswith(("attention.out.weight", "down.weight")):
+                nn.init.zeros_(p)
+            elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 0:
                 nn.init.constant_(p, self.embed.embedding_dim**-0.5)
@@ -329,7 +334,7 @@ def flops_per_token(model, s, seq_len):
 # ------------------------------------------------------------------- 3. Masking and schedules
 
 
-def mask_tokens(rows, mask_rate, vocab_size, generator):
+def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     """Choose tokens to guess: exactly 32 of a row of 128, of which 26 become <mask>, 3 a random
     token, and 3 stay (80/10/10 of BERT). All rows of a step are drawn at once, so that the masks
     do not depend on how the step is cut into microbatches. A fixed count keeps shapes static.
@@ -338,7 +343,8 @@ def mask_tokens(rows, mask_rate, vocab_size, generator):
     """
     B, T = rows.shape
     M = max(1, round(mask_rate * T))
-    n_mask, n_random = round(0.8 * M), round(0.1 * M)
+    n_mask = round(mask_replace * M)
+    n_random = (M - n_mask) // 2
 
     noise = torch.rand(B, T, device=rows.device, generator=generator)
     positions = noise.topk(M, dim=1).indices  # M of each row, in random order
@@ -736,9 +742,10 @@ def orthogonalize(x):
 
 
 def build_optimizers(model, s):
-    """AdamW for everything; with --optimizer muon, for all but the blocks' matrices. Of these q, k
-    and v count as three; the embedding, which is also the decoder, and the head stay with AdamW."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and s.optimizer == "muon"]
+    """AdamW for everything; with --optimizer muon, for all but the matrices of blocks and head. Of
+    these q, k and v count as three. The embedding, which is also the decoder, stays with AdamW."""
+    matrices = [p for part in (model.blocks, model.head) for p in part.parameters()
+                if p.ndim == 2 and s.optimizer == "muon"]
     taken = set(matrices)
     others = [p for p in model.parameters() if p not in taken]
     groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
@@ -841,7 +848,8 @@ def train(s, saved=None):
         over all rows, and leaves its part of the gradient in the parameters; None if a stop was
         asked for. The masks are drawn for all rows, and so do not depend on who takes which."""
         generator.manual_seed(mask_seed(s.seed, run.step))
-        masked = mask_tokens(rows.to(device).long(), s.mask_rate, data.vocab_size, generator)
+        masked = mask_tokens(
+            rows.to(device).long(), s.mask_rate, s.mask_replace, data.vocab_size, generator)
         share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
         for i in range(0, len(share[0]), microbatch):

@@ -10,12 +10,14 @@ tasks, at most five epochs, the score after the last one, the median of five tri
 on another task's data.
 
 A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
-them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed.
+them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed;
+and as one such step does not fill the card, the trials of a task run side by side.
 
 Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -257,20 +259,37 @@ def lengths_to_compile(steps, device, dtype):
     return {T for T, n in steps.items() if n >= COMPILE_STEPS}
 
 
+TRIAL_BYTES = 40  # a parameter: weight, gradient and two moments are 16, the rest activations
+
+
+def records_graphs(device, dtype):
+    """CUDA graphs where no step is ever skipped, as fp16's loss scale demands."""
+    return device.type == "cuda" and dtype != torch.float16
+
+
+def trials_at_once(model, device, dtype):
+    """As many as the card's memory holds; one where steps are not recorded."""
+    if not records_graphs(device, dtype):
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, free // (TRIAL_BYTES * sum(p.numel() for p in model.parameters())))
+
+
 class Tuning:
     """A model that is fine-tuned on one task, trial after trial in the same tensors.
 
     A step is the same code everywhere. Recorded as a CUDA graph it reads and writes fixed places
     in memory, so all that changes is copied into them: row numbers and learning rate at every
-    step, weights and optimizer state at the start of a trial.
+    step, weights and optimizer state at the start of a trial. Its steps follow each other in a
+    stream of its own, with random numbers of its own for dropout: a trial gives the same whatever
+    runs beside it.
     """
 
-    def __init__(self, bert, pretrained, task, train, dtype, args):
-        self.pretrained, self.task, self.train, self.args = pretrained, task, train, args
+    def __init__(self, bert, task, train, dtype, args, compiled=()):
+        self.pretrained, self.task, self.train, self.args = bert, task, train, args
         self.device = device = train.ids.device
-        self.fp16 = dtype == torch.float16  # may skip a step, which a graph cannot
-        self.records = device.type == "cuda" and not self.fp16
-        self.model = Classifier(bert, len(task.labels) or 1).to(device)
+        self.fp16, self.records = dtype == torch.float16, records_graphs(device, dtype)
+        self.model = Classifier(copy.deepcopy(bert), len(task.labels) or 1).to(device)
         self.autocast = functools.partial(
             torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32,
             cache_enabled=False)  # a cached cast would be in one graph and missing in the next
@@ -280,14 +299,26 @@ class Tuning:
             fused=True, capturable=self.records)
         self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)  # of the last step
-        self.graphs, self.pool = {}, None
-        self.reset(args.seed)
+        self.graphs, self.pool, self.stream = {}, None, None
+        if self.records:
+            self.stream = torch.cuda.Stream(device)
+            self.random = torch.cuda.default_generators[device.index].clone_state()
+        self.compiled = compiled  # lengths for which the blocks are
+        for block in self.model.bert.blocks if compiled else ():
+            block.compile(dynamic=False)  # they are alike, and share one code for each length
 
-    def reset(self, seed):
+    def start(self, seed):
         """As before the first step: pretrained or random weights, a new head, no momentum."""
+        rows, lengths = plan(self.train, seed, self.args.epochs, self.args.batch_size)
+        self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
+        self.lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))],
+                                device=self.device)
+        for T in sorted(set(self.lengths) - set(self.graphs)) if self.records else ():
+            self.record(T)
+
         torch.manual_seed(seed)
         self.model.train()
-        self.model.bert.load_state_dict(self.pretrained)
+        self.model.bert.load_state_dict(self.pretrained.state_dict())
         if self.args.scratch:
             self.model.bert.init_weights()
         self.model.init_head()
@@ -295,6 +326,9 @@ class Tuning:
             for tensor in state.values():
                 tensor.zero_()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.fp16)
+        if self.records:
+            self.random.manual_seed(seed)
+            self.stream.wait_stream(torch.cuda.current_stream())
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
@@ -309,36 +343,38 @@ class Tuning:
         self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
         self.loss.copy_(loss.detach())
 
-    def record(self, T, compiled):
-        """Record step(T) as a CUDA graph, with its blocks compiled or not; then reset.
+    def record(self, T):
+        """Record step(T) as a CUDA graph.
 
         Three steps go before, because what is done once must not be in the graph: compilation,
         the optimizer's first state, cuBLAS's choice of kernels.
         """
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.compiler.set_stance("default" if compiled else "force_eager"):
-            with torch.cuda.stream(side), warnings.catch_warnings():
+        graph, everyone = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
+        usual = everyone.graphsafe_get_state()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.compiler.set_stance("default" if T in self.compiled else "force_eager"):
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
                 for _ in range(3):
                     self.step(T)
+            everyone.graphsafe_set_state(self.random)
             # One pool for all lengths, as nothing in it has to last until the next replay
-            with torch.cuda.graph(graph, pool=self.pool, stream=side):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.step(T)
+            everyone.graphsafe_set_state(usual)
         self.graphs[T], self.pool = graph, graph.pool()
 
-    def fit(self, rows, lengths, advance):
-        """Train on rows (steps, B), padded to lengths (steps,)."""
-        lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))])
-        rows, lrs = torch.from_numpy(rows).to(self.device), lrs.to(self.device)
-        for k, T in enumerate(lengths.tolist()):
-            self.chosen.copy_(rows[k])
-            self.lr.copy_(lrs[k])
+    def advance(self, k):
+        """Step k of the trial; returns the tokens it took. It may run on after the return."""
+        T = self.lengths[k]
+        with torch.cuda.stream(self.stream):  # None on a CPU: no stream
+            self.chosen.copy_(self.rows[k])
+            self.lr.copy_(self.lrs[k])
             if self.records:
                 self.graphs[T].replay()
             else:
                 self.step(T)
-            advance(T * len(self.chosen))
+        return T * len(self.chosen)
 
     @torch.inference_mode()
     def predict(self, split):
@@ -352,20 +388,25 @@ class Tuning:
         return torch.cat(outputs).cpu()[order.argsort()].numpy()
 
 
-def run_trial(tuning, splits, seed, advance):
-    """Fine-tune once: the metric on each validation split in percent, predictions of test splits.
+def fit(tunings, seeds, report):
+    """A trial with each seed, side by side; report(tokens) after each step."""
+    for tuning, seed in zip(tunings, seeds, strict=True):
+        tuning.start(seed)
+    for k in range(len(tunings[0].lengths)):  # as many steps in all: it is the same data
+        for tuning in tunings:
+            report(tuning.advance(k))
+    if tunings[0].records:
+        torch.cuda.synchronize()
 
-    Only the first of the trials predicts: it is chosen without a look at its score.
-    """
-    task, args = tuning.task, tuning.args
-    tuning.reset(seed)
-    tuning.fit(*plan(splits["train"], seed, args.epochs, args.batch_size), advance)
-    scores, predictions = {}, {}
-    for split in [*task.validation, *(task.test if args.test and seed == args.seed else ())]:
+
+def scores_of(tuning, splits, predicts):
+    """The metric on each validation split in percent; predictions of test splits, if asked for."""
+    task, scores, predictions = tuning.task, {}, {}
+    for split in (*task.validation, *(task.test if predicts else ())):
         logits = tuning.predict(splits[split])
         if not np.isfinite(logits).all():
-            raise CramError(f"the trial with seed {seed} gives numbers that are not finite: it "
-                            "diverged, and has no score. A smaller --lr may help")
+            raise CramError("a trial gives numbers that are not finite: it diverged, and has no "
+                            "score. A smaller --lr may help")
         predicted = logits.argmax(1) if task.labels else logits[:, 0]
         if split in task.validation:
             labels = splits[split].labels.cpu().numpy()
@@ -497,7 +538,6 @@ def main():
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
     bert, tokenizer = load_checkpoint(args.ckpt, device, dropout=DROPOUT)
-    pretrained = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     max_length = min(MAX_LENGTH, bert.seq_len)
 
@@ -531,31 +571,36 @@ def main():
     for file, rows in PLACEHOLDERS.items() if args.test else ():
         write_whole(folder / f"{file}.tsv", tsv(rows))
     if compiled:
-        for block in bert.blocks:
-            block.compile(dynamic=False)  # they are alike, and share one code for each length
         torch.compiler.set_stance("force_eager")  # but where a step is recorded
+    at_once = trials_at_once(bert, device, dtype)
     tokens = args.batch_size * sum(T * n for T, n in in_all.items())
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
               disable=not tokens) as bar:
         for name in [name for name in splits if missing[name]]:
             bar.set_description(name)
-            train = splits[name]["train"]
-            tuning = Tuning(bert, pretrained, TASKS[name], train, dtype, args)
-            for T in steps[name] if tuning.records else ():
-                tuning.record(T, T in compiled)
-            for seed in missing[name]:
-                began = time.monotonic()
-                scores, predictions = run_trial(tuning, splits[name], seed, bar.update)
-                files = {file: tsv(rows) for file, rows in predictions.items()}
-                results, run = open_results(path, identity, digests)  # others may have written
-                add_trial(run, name, digests[name], len(train.ids), {"seed": seed, **scores}, files)
-                write_whole(path, json.dumps(results, indent=1))
-                for file, text in files.items():  # after glue.json, which says that they are ours
-                    write_whole(folder / f"{file}.tsv", text)
-                bar.clear()
-                print(f"{name} seed {seed}: {TASKS[name].metric} "
-                      + " / ".join(f"{score:.1f}" for score in scores.values())
-                      + f" in {time.monotonic() - began:.1f} s", flush=True)
+            train, began = splits[name]["train"], time.monotonic()
+            tunings = [Tuning(bert, TASKS[name], train, dtype, args, compiled)
+                       for _ in missing[name][:at_once]]
+            for i in range(0, len(missing[name]), at_once):
+                seeds = missing[name][i : i + at_once]
+                fit(tunings[: len(seeds)], seeds, bar.update)
+                for tuning, seed in zip(tunings, seeds):
+                    # Only the first trial predicts: it is chosen without a look at its score
+                    scores, predictions = scores_of(
+                        tuning, splits[name], args.test and seed == args.seed)
+                    files = {file: tsv(rows) for file, rows in predictions.items()}
+                    results, run = open_results(path, identity, digests)  # others may have written
+                    add_trial(run, name, digests[name], len(train.ids), {"seed": seed, **scores},
+                              files)
+                    write_whole(path, json.dumps(results, indent=1))
+                    for file, text in files.items():  # after glue.json, which says they are ours
+                        write_whole(folder / f"{file}.tsv", text)
+                    bar.clear()
+                    print(f"{name} seed {seed}: {TASKS[name].metric} "
+                          + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
+            print(f"{name}: {len(missing[name])} trials in {time.monotonic() - began:.1f} s",
+                  flush=True)
+            del tunings, tuning  # before the next task's take memory
     print_table(run)
     print(f"written to {path}" + f" and {folder}" * args.test)
 

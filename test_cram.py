@@ -502,7 +502,9 @@ def test_dropout_only_where_asked():
 def test_initial_weights(kind):
     model = cram.CrammedBERT(cram.Settings(model=kind, layers=2, width=128, heads=4), 1000, 128)
     for name, p in model.named_parameters():
-        if p.ndim == 2:
+        if kind == "modernbert" and name.endswith(("attention.out.weight", "ffn.down.weight")):
+            assert (p == 0).all(), name
+        elif p.ndim == 2:
             assert abs(p.std().item() - 0.02) < 0.001 and abs(p.mean().item()) < 0.001, name
         else:
             value = 128**-0.5 if name == "position_scale" else float(name.endswith("weight"))
@@ -553,12 +555,12 @@ def test_weight_decay_spares_the_norms():
     assert len(with_decay["params"]) == 9  # embedding, position scale, seven matrices
 
 
-def test_muon_is_torchs_muon_for_the_matrices_of_the_blocks():
+def test_muon_is_torchs_muon_for_the_matrices_of_blocks_and_head():
     s = cram.Settings(model="modernbert", optimizer="muon", lr=2e-3, weight_decay=5.0,
                       layers=2, width=32, heads=2)
     model = cram.CrammedBERT(s, 50, 16)
     adamw, ours = cram.build_optimizers(model, s)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
     assert {p for g in ours.param_groups for p in g["params"]} == set(matrices)
     everything = [p for o in (adamw, ours) for g in o.param_groups for p in g["params"]]
     assert len(everything) == len(set(everything)) == len([*model.parameters()])
@@ -581,7 +583,7 @@ def test_masks_are_exact_and_never_the_same():
     seen = set()
     for seed in range(3):
         inputs, positions, targets = cram.mask_tokens(
-            rows, 0.25, 1000, torch.Generator().manual_seed(seed))
+            rows, 0.25, 0.8, 1000, torch.Generator().manual_seed(seed))
         assert positions.shape == (64, 32)
         assert all(len(set(p)) == 32 for p in positions.tolist())
         assert torch.equal(targets, rows.gather(1, positions))
@@ -597,9 +599,15 @@ def test_masks_are_exact_and_never_the_same():
     assert len(seen) == 3 * 64
 
 
+def test_every_chosen_token_can_become_a_mask():
+    inputs, positions, _ = cram.mask_tokens(
+        torch.full((4, 128), 7), 0.25, 1.0, 1000, torch.Generator())
+    assert ((inputs == cram.MASK).sum(1) == 32).all() and ((inputs == 7).sum(1) == 96).all()
+
+
 def test_masks_depend_on_the_seed_and_the_step():
     rows = torch.zeros(4, 128, dtype=torch.long)
-    draws = {tuple(cram.mask_tokens(rows, 0.25, 9, torch.Generator().manual_seed(
+    draws = {tuple(cram.mask_tokens(rows, 0.25, 0.8, 9, torch.Generator().manual_seed(
         cram.mask_seed(seed, step)))[1].flatten().tolist()) for seed in (0, 1) for step in (0, 1)}
     assert len(draws) == 4
 
@@ -694,7 +702,7 @@ def test_gradient_of_a_step_is_that_of_its_whole_batch(train, data, monkeypatch)
     order = cram.RowOrder(len(rows), cram.Settings())
     order.fit(0, 3)
     batch = torch.from_numpy(rows[order.rows_at(0, 3)].astype(np.int64))
-    masked = cram.mask_tokens(batch, 0.25, len(model.embed.weight),
+    masked = cram.mask_tokens(batch, 0.25, 0.8, len(model.embed.weight),
                               torch.Generator().manual_seed(cram.mask_seed(0, 0)))
     model(*masked).backward()
     for p, g in zip(model.parameters(), gradients[0]):
@@ -1383,13 +1391,13 @@ def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, mon
 def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
     write_glue(tmp_path / "glue", "rte", train=16)
     first_weights = []
-    real = finetune_glue.Tuning.fit
+    real = finetune_glue.Tuning.start
 
-    def spy(self, *args):
+    def spy(self, seed):
+        real(self, seed)
         first_weights.append(self.model.bert.embed.weight.detach().clone())
-        real(self, *args)
 
-    monkeypatch.setattr(finetune_glue.Tuning, "fit", spy)
+    monkeypatch.setattr(finetune_glue.Tuning, "start", spy)
     glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
     pretrained = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"]["embed.weight"]
     assert torch.equal(first_weights[0], pretrained) != scratch
@@ -1412,9 +1420,7 @@ def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
     bert = model_of(seq_len=128, dropout=dropout).float()
     args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
                                  "epochs": epochs, "test": False, **others})
-    weights = {key: tensor.clone() for key, tensor in bert.state_dict().items()}
-    tuning = finetune_glue.Tuning(
-        bert, weights, finetune_glue.TASKS[task], split, torch.float32, args)
+    tuning = finetune_glue.Tuning(bert, finetune_glue.TASKS[task], split, torch.float32, args)
     tuning.model.dropout.p = dropout
     return tuning, split
 
@@ -1438,6 +1444,7 @@ def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
 
 def test_padding_changes_no_logit_and_evaluation_keeps_the_order():
     tuning, split = tuning_of(LENGTHS)
+    tuning.start(0)
     logits = tuning.predict(split)
     with torch.no_grad():
         for i, length in enumerate(LENGTHS):
@@ -1451,10 +1458,10 @@ def test_a_trial_is_adamw_on_its_batches():
     """Against the plain loop: padded to each batch's longest, lr a number, a new optimizer."""
     tuning, split = tuning_of(LENGTHS, lr=1e-3)
     tuning.model.double()
-    tuning.reset(5)
+    tuning.start(5)
     reference = copy.deepcopy(tuning.model)
-    rows, T = finetune_glue.plan(split, 5, 2, 4)
-    tuning.fit(rows, T, lambda tokens: None)
+    finetune_glue.fit([tuning], [5], lambda tokens: None)
+    rows = finetune_glue.plan(split, 5, 2, 4)[0]
 
     optimizer = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.98), eps=1e-6,
                                   weight_decay=0.0)
@@ -1475,8 +1482,7 @@ def test_a_trial_repeats_and_leaves_nothing_to_the_next():
     tuning, split = tuning_of(LENGTHS, dropout=0.1)
 
     def trial(tuning, seed):
-        tuning.reset(seed)
-        tuning.fit(*finetune_glue.plan(split, seed, 2, 4), lambda tokens: None)
+        finetune_glue.fit([tuning], [seed], lambda tokens: None)
         return [p.detach().clone() for p in tuning.model.parameters()]
 
     def places():
@@ -1487,6 +1493,20 @@ def test_a_trial_repeats_and_leaves_nothing_to_the_next():
     second = trial(tuning, 1)
     assert same(trial(tuning, 0), first) and places() == at
     assert not same(first, second) and same(trial(tuning_of(LENGTHS, dropout=0.1)[0], 1), second)
+
+
+def test_trials_side_by_side_are_the_trials_alone():
+    alone, tokens = {}, []
+    for seed in (0, 1):
+        tuning = tuning_of(LENGTHS)[0]
+        finetune_glue.fit([tuning], [seed], lambda tokens: None)
+        alone[seed] = [*tuning.model.parameters()]
+    tunings = [tuning_of(LENGTHS)[0] for _ in range(2)]
+    finetune_glue.fit(tunings, [0, 1], tokens.append)
+    for tuning, weights in zip(tunings, alone.values()):
+        assert same([*tuning.model.parameters()], weights)
+    assert not same(*alone.values())
+    assert sum(tokens) == sum(4 * sum(tuning.lengths) for tuning in tunings)
 
 
 @pytest.mark.parametrize("device, dtype, expected", [
