@@ -6,6 +6,7 @@
     python cram.py --fill "paris is the <mask> of france."
     python cram.py --recipe modern --out out/modern
     python cram.py --out out/modern --export bert     # a folder for Hugging Face transformers
+    python cram.py --layers 2 --width 128 --heads 4 --batch 32 --steps 200 --out out/tiny
     torchrun --standalone --nproc_per_node=8 cram.py  # one process for each of eight GPUs
 
 Model and recipe are those of "Cramming: Training a Language Model on a Single GPU in One Day"
@@ -16,9 +17,9 @@ faster: RECIPES has what it changes. How the paper's differs from an ordinary BE
 - rows without padding; a quarter of the tokens is masked, and only that quarter is decoded;
 - one clock: learning rate and batch size follow the share of the time budget that is spent.
 
-One H200 trains at 700,000 tokens a second, 44 % of its peak; README.md has what comes of it, with
-the commands. The sections: settings, model, masking and schedules, data, checkpoints, training,
-and what to do with the finished model.
+One H200 trains at 730,000 tokens a second, 46 % of its peak; README.md has what comes of it, with
+the commands. The sections: settings, model, recipe (masks, schedules, optimizers), data, training,
+what the training loop calls, what to do with the finished model, command line.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# -------------------------------------------------------------------------------- 1. Settings
+# ------------------------------------------------------------------------------------- 1. Settings
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Settings:
     out: str = "out"  # where last.pt, ckpt.pt and log.jsonl go
 
     # Model: paper section 4.2
-    model: str = "crammed"  # crammed: the paper's; modernbert: what --export can write
+    model: str = "crammed"  # crammed: sinusoid positions; modernbert: rotary ones, and a head
     layers: int = 16  # transformer blocks
     width: int = 768  # C, channels
     heads: int = 12  # attention heads of width / heads channels
@@ -75,7 +76,7 @@ class Settings:
     # Optimization: paper section 4.3
     optimizer: str = "adamw"  # of blocks' and head's matrices, adamw or muon; all else is adamw's
     batch: int = 8192  # rows per optimizer step after the ramp
-    ramp: float = 0.6  # share of the budget over which the batch grows from 1/16; 0: no growth
+    ramp: float = 0.6  # share of the budget in which the batch grows, by 16ths; 0: no growth
     lr: float = 1e-3  # peak learning rate
     lr_start: float = 0.25  # share of it to start with
     warmup: float = 0.75  # share of the budget until the peak
@@ -110,53 +111,14 @@ RECIPES = {  # what a recipe sets where the command line does not
     },
 }
 
-# A resumed run may change these; all others belong to the run.
-FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
-                  "save_minutes"}
-
-PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
-    "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2, "RTX 3090": 71,
-    "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
-}
-
-ROPE_THETA = 10_000.0  # the slowest pair of channels turns by one in so many positions
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
-VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
-VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
-SAVE_SHARE = 0.01  # of the time may go into saving last.pt
-MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
-
-
-WORDS = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "optimizer": ("adamw", "muon"),
-         "order": ("file", "random"), "precision": ("auto", "bf16", "fp16", "fp32")}
 
 
 class CramError(Exception):
     """Something the user can mend; the message says what and how."""
 
 
-def check(s):
-    """Raise CramError for settings that cannot work."""
-    rules = [
-        ("hours layers width heads batch microbatch lr eps clip save_minutes",
-         "a positive number", lambda x: 0 < x < math.inf),
-        ("steps weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
-        ("ramp lr_start warmup decay mask_replace", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
-        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
-        ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
-        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
-        *((name, " or ".join(words), words.__contains__) for name, words in WORDS.items())]
-    for names, what, holds in rules:
-        for name in names.split():
-            value = getattr(s, name)
-            if not holds(value):
-                raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
-    if s.width % (2 * s.heads):
-        raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
-
-
-# -------------------------------------------------------------------------------- 2. Model
+# ---------------------------------------------------------------------------------------- 2. Model
 
 
 class CrammedBERT(nn.Module):
@@ -169,7 +131,7 @@ class CrammedBERT(nn.Module):
 
     def __init__(self, s, vocab_size, seq_len, dropout=0.0):
         super().__init__()
-        modern = s.model == "modernbert"
+        self.modern = modern = s.model == "modernbert"
         norm = functools.partial(
             nn.LayerNorm, s.width, eps=1e-5 if modern else 1e-12, bias=not modern)
         self.seq_len = seq_len
@@ -192,9 +154,8 @@ class CrammedBERT(nn.Module):
     def init_weights(self):
         """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C).
         With --model modernbert each block begins as the identity: what it adds to x is zero."""
-        modern = hasattr(self, "rotary")
         for name, p in self.named_parameters():
-            if p.ndim == 2 and modern and name.endswith(("attention.out.weight", "down.weight")):
+            if self.modern and name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -209,18 +170,19 @@ class CrammedBERT(nn.Module):
         T = ids.shape[1]
         if T > self.seq_len:
             raise CramError(f"{T} tokens, but this model reads at most {self.seq_len}")
-        x, turn = self.embed(ids), None
-        if hasattr(self, "rotary"):
-            turn = self.rotary[:, :T]
+        x, cos_sin = self.embed(ids), None
+        if self.modern:
+            cos_sin = self.rotary[:, :T]
         else:
             x = x + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
-        if torch.is_autocast_enabled(x.device.type):  # halves the traffic of all sums and norms
+        if torch.is_autocast_enabled(x.device.type):  # half the traffic of the residual stream
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = None if keep is None else keep[:, None, None, :]  # of every head and every query
+        if keep is not None:
+            keep = keep[:, None, None, :]  # for every head and every query
         for block in self.blocks[:-1]:
-            x = block(x, mask, turn)
-        x = self.blocks[-1](x, mask, turn, positions)
+            x = block(x, keep, cos_sin)
+        x = self.blocks[-1](x, keep, cos_sin, positions)
         return self.final_norm(x)
 
     def decode(self, x):
@@ -234,7 +196,7 @@ class CrammedBERT(nn.Module):
     def forward(self, ids, positions, targets):
         """Mean cross-entropy, in nats, of targets (B, M) at positions (B, M) of rows ids (B, T).
 
-        Only these positions are decoded: 6 % of all work, where decoding every one would be 25 %.
+        Only these are decoded: 6 % of all work, where decoding every position would be 20 %.
         """
         logits = self.decode(self.encode(ids, positions=positions))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -251,8 +213,8 @@ class Block(nn.Module):
         self.ffn = GatedFFN(s.width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask, turn, positions=None):
-        y = self.attention(self.norm1(x), mask, turn)
+    def forward(self, x, keep, cos_sin, positions=None):
+        y = self.attention(self.norm1(x), keep, cos_sin)
         if positions is not None:  # in the last block: nobody looks at the others any more
             positions = positions[:, :, None].expand(-1, -1, x.shape[2])
             x, y = x.gather(1, positions), y.gather(1, positions)  # (B, M, C)
@@ -261,7 +223,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token looks at every token of its row, also across documents (as in the paper)."""
+    """Every token looks at every token of its row, also across documents (as in the paper).
+    Which kernel does it is said at `train`."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -270,14 +233,14 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, x, mask, turn):
+    def forward(self, x, keep, cos_sin):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, self.heads, C // self.heads).transpose(1, 2)
                    for linear in (self.q, self.k, self.v))
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if cos_sin is not None:
+            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         x = F.scaled_dot_product_attention(  # each (B, heads, T, D), D = C / heads
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=keep, dropout_p=self.dropout if self.training else 0.0
         )
         return self.out(x.transpose(1, 2).reshape(B, T, C))
 
@@ -306,17 +269,20 @@ def sinusoid(seq_len, width):
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
+ROPE_THETA = 10_000.0  # RoFormer's base: pair i turns by THETA**(-2i/D) radians a position
+
+
 def rotary(seq_len, D):
     """Cosine and sine (2, T, D / 2) of the angle that each pair of channels turns by (RoFormer)."""
     angles = torch.arange(seq_len)[:, None] * ROPE_THETA ** (-torch.arange(0, D, 2) / D)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, turn):
+def rotate(x, cos_sin):
     """x (B, heads, T, D) with the pairs of channels (i, i + D / 2) turned by their position, so
     that the product of a query and a key depends on how far apart they are."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = turn
+    cos, sin = cos_sin  # float32, where x may be bf16
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -324,20 +290,22 @@ def flops_per_token(model, s, seq_len):
     """Floating-point operations to train on one token, forward and backward.
 
     6 for each weight of the blocks, 12·T·C a layer for the two products of attention, and the
-    decoder for the share of tokens it sees: 623 M at the paper's size.
+    decoder for the share of tokens it sees: 623 M at the paper's size. (The last FFN is counted
+    in full, 2.6 % more than is computed.)
     """
     weights = sum(p.numel() for p in model.blocks.parameters())
     decoder = model.embed.weight.numel() * round(s.mask_rate * seq_len) / seq_len
     return 6 * weights + 12 * s.layers * seq_len * s.width + 6 * decoder
 
 
-# ------------------------------------------------------------------- 3. Masking and schedules
+# --------------------------------------------------------------------------------------- 3. Recipe
 
 
 def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     """Choose tokens to guess: exactly 32 of a row of 128, of which 26 become <mask>, 3 a random
     token, and 3 stay (80/10/10 of BERT). All rows of a step are drawn at once, so that the masks
     do not depend on how the step is cut into microbatches. A fixed count keeps shapes static.
+    (Validation has masks of its own, see validation_set.)
 
     rows (B, T) -> inputs (B, T), positions (B, M), targets (B, M); M = round(mask_rate * T)
     """
@@ -347,20 +315,20 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     n_random = (M - n_mask) // 2
 
     noise = torch.rand(B, T, device=rows.device, generator=generator)
-    positions = noise.topk(M, dim=1).indices  # M of each row, in random order
+    positions = noise.topk(M, dim=1).indices  # in random order, so that slices are random too
     targets = rows.gather(1, positions)
 
-    guesses = targets.clone()
-    guesses[:, :n_mask] = MASK
-    guesses[:, n_mask : n_mask + n_random] = torch.randint(
+    shown = targets.clone()
+    shown[:, :n_mask] = MASK
+    shown[:, n_mask : n_mask + n_random] = torch.randint(
         vocab_size, (B, n_random), device=rows.device, generator=generator
     )
-    return rows.scatter(1, positions, guesses), positions, targets
+    return rows.scatter(1, positions, shown), positions, targets
 
 
 def mask_seed(seed, step):
     """Seed of a step's masks. Mixed, because the CPU's generator reads the lowest 32 bits only."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1  # int64
 
 
 def lr_at(f, s):
@@ -375,7 +343,8 @@ def lr_at(f, s):
 
 
 def batch_at(f, s):
-    """Rows per step at the share f of the budget; the paper's: 512, 1024, ... 8192 at f = 0.5625.
+    """Rows per step at the share f of the budget; the paper's: 512, 1024, ... 8192 at f = 0.5625
+    (15/16 of the ramp).
 
     Small batches learn more per token at first, large ones at the end. In the original the size of
     a stair is the microbatch, a hidden setting; here it is 1/16 of the batch on every card.
@@ -384,7 +353,73 @@ def batch_at(f, s):
     return max(1, s.batch * stairs // 16)
 
 
-# -------------------------------------------------------------------------------- 4. Data
+def build_optimizers(model, s, team):
+    """AdamW for everything; with --optimizer muon, for all but the matrices of blocks and head: Q,
+    K and V one by one. The embedding, which is also the decoder, stays with AdamW."""
+    matrices = []
+    if s.optimizer == "muon":
+        matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
+    taken = set(matrices)
+    others = [p for p in model.parameters() if p not in taken]
+    groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
+              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]  # norms
+    adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
+    return [adamw, Muon(matrices, s.lr, s.weight_decay, team)] if matrices else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with all its singular values made about equal (Jordan et al., 2024), for matrices.
+
+    The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
+    size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
+    This one takes all matrices of a shape in one batch and 7 ms a step on an H200, that one takes
+    them one by one and 51 ms. Each process of a team orthogonalizes its share of them.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, team, momentum=0.95):
+        self.team = team
+        shapes = {}
+        for p in matrices:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": same} for same in shapes.values()],
+                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, beta, lr = group["params"], group["momentum"], group["lr"]
+            grad = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]  # of all of them
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - beta)
+            ahead = grad.lerp(state["momentum"], beta)  # as Nesterov
+            update = self.team.gather(orthogonalize(self.team.share(ahead)), len(params))
+            size = 0.2 * max(params[0].shape) ** 0.5
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * size)
+
+
+def orthogonalize(x):
+    """Bring the singular values of matrices x (N, rows, columns) near 1: five Newton-Schulz steps
+    x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is good enough for them,
+    but very slow where the chip has no bf16."""
+    tall = x.shape[1] > x.shape[2]
+    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        x = x.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+# ----------------------------------------------------------------------------------------- 4. Data
+
+VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
+VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
 
 
 class Data:
@@ -425,7 +460,8 @@ class RowOrder:
 
     The first pass reads the file in its order, the paper's curriculum; a budget too short for all
     of it takes every `stride`-th row, so as to get to its end. Later passes are random orders, and
-    with --order random there are no others.
+    with --order random there are no others. (prepare.py has sorted the file; train sets the
+    stride.)
 
     In the first pass, row = start_row + (position - start) * stride.
     """
@@ -450,13 +486,13 @@ class RowOrder:
         """Row numbers of the positions from `position` on."""
         parts = []
         while count:
-            n = self.first_pass_end() - position
-            if n > 0:
-                offsets = np.arange(position, position + min(n, count)) - self.start
+            left = self.first_pass_end() - position  # of the first pass; below 0 it is long over
+            if left > 0:
+                offsets = np.arange(position, position + min(left, count)) - self.start
                 rows = self.start_row + (offsets * self.stride).astype(np.int64)
                 parts.append(np.minimum(rows, self.n_rows - 1))  # a product may round up
             else:
-                later_pass, offset = divmod(-n, self.n_rows)
+                later_pass, offset = divmod(-left, self.n_rows)
                 order = permutation(self.n_rows, self.seed, later_pass)
                 parts.append(order[offset : offset + count])
             position += len(parts[-1])
@@ -478,7 +514,340 @@ def validation_set(data, device):
     return [x.to(device) for x in (inputs, positions, targets)]
 
 
-# -------------------------------------------------------------------------------- 5. Checkpoints
+# ------------------------------------------------------------------------------------- 5. Training
+
+SAVE_SHARE = 0.01  # of the time may go into saving last.pt
+MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
+
+
+@dataclass
+class Run:
+    """Where a run stands: beside weights and optimizer, all that changes from step to step."""
+
+    step: int = 0
+    rows: int = 0  # taken so far, which is the position in the data
+    elapsed_s: float = 0.0  # on the clock, when last.pt was written
+    lr: float = 0.0  # of the last step
+    batch: int = 0
+    s_per_row: float = 0.0
+    skipped: int = 0  # steps whose loss or gradient was not finite ...
+    skipped_in_a_row: int = 0  # ... since the last good one
+    loss_sum: float = 0.0  # since the last line of the log
+    loss_steps: int = 0
+    logged_at: float = 0.0  # progress at that line
+
+
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # cuDNN's is the fastest
+              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+def train(s, saved=None):
+    """Train by the settings s from the start, or go on from what last.pt holds."""
+    clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
+    team = Team()
+
+    with clock.part("start"):
+        data, out = Data(s.data), Path(s.out)
+        out.mkdir(parents=True, exist_ok=True)
+        device, dtype, peak_flops = find_device(s.device, s.precision)
+        team.join(device)
+        if batch_at(0, s) < team.size:
+            raise CramError(f"{batch_at(0, s)} rows in a step, too few for {team.size} processes")
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+        torch.manual_seed(s.seed)
+        with device:  # the CPU would take seconds to draw 120 M weights
+            model = CrammedBERT(s, data.vocab_size, data.seq_len)
+        use_compile = can_compile(device) if s.compile is None else s.compile
+        compiled = torch.compile(model) if use_compile else model
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # a fusion that is not used
+        optimizers = build_optimizers(model, s, team)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        generator = torch.Generator(device)  # of the masks
+        val_set = validation_set(data, device)
+        order = RowOrder(len(data.train), s)
+        run, budget_changed = Run(), True
+        if saved:
+            before = saved["settings"]
+            budget_changed = (s.hours, s.steps) != (before["hours"], before["steps"])
+            run = restore(saved, s, data, model, optimizers, scaler, order)
+            print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
+
+    budget_s = s.hours * 3600
+    # A line of the log every 2 % of the budget, 100 steps or, with --hours, minute
+    interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)
+    flops = flops_per_token(model, s, data.seq_len)
+    peak_flops = peak_flops and peak_flops * team.size
+    microbatch = s.microbatch
+    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
+    tokens_per_s, loss_mean = 0.0, None
+    stop = Stop()
+
+    def progress(elapsed):
+        return run.step / s.steps if s.steps else elapsed / budget_s
+
+    def save_last():
+        if team.rank == 0:
+            run.elapsed_s = clock.elapsed()
+            save_whole(out / "last.pt", {
+                "settings": asdict(s), "data": data.identity, "run": asdict(run),
+                "clock": clock.parts, "order": (order.start, order.start_row, order.stride),
+                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                "scaler": scaler.state_dict()})
+
+    # A thread reads the next rows while the card computes. How many a step takes is known only
+    # when it begins, so as many are read as it can take.
+    reader = ThreadPoolExecutor(1)
+
+    def read(position):
+        rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
+        return torch.from_numpy(rows.astype(np.int32))
+
+    def forward_backward(rows):
+        """Forward and backward of this process's share of a step. Returns its part of the mean loss
+        over all rows, and leaves its part of the gradient in the parameters; None if a stop was
+        asked for. The masks are drawn for the rows of all processes."""
+        generator.manual_seed(mask_seed(s.seed, run.step))
+        masked = mask_tokens(
+            rows.to(device).long(), s.mask_rate, s.mask_replace, data.vocab_size, generator)
+        share = [team.share(x) for x in masked]
+        total = torch.zeros((), device=device)
+        for i in range(0, len(share[0]), microbatch):
+            if stop.asked and team.size == 1:  # several stop together, between steps
+                return None
+            micro = [x[i : i + microbatch] for x in share]
+            with autocast:
+                loss = compiled(*micro) * (len(micro[0]) / len(rows))
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def forward_backward_that_fits(rows):
+        """The same, with half as many rows at a time until the card's memory holds them."""
+        nonlocal microbatch
+        while True:
+            full = False
+            try:
+                total = forward_backward(rows)
+            except RuntimeError as error:  # each kind of device has a class of its own for this
+                full = "out of memory" in str(error).lower()
+                if not full:
+                    raise
+            # Out of the except clause, which keeps the memory of the frames that failed
+            if not any(team.agree(full)):
+                return total
+            microbatch = min(microbatch, -(-len(rows) // team.size)) // 2
+            if not microbatch:
+                raise CramError("a single row at a time does not fit into the card's memory")
+            print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
+            model.zero_grad()
+            torch.compiler.reset()  # or it would make code for rows of any number, which is slower
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def log_line(f, with_validation):
+        """Write a line of the log; returns it."""
+        nonlocal timed_rows, timed_s, tokens_per_s, loss_mean
+        if run.loss_steps:
+            loss_mean = run.loss_sum / run.loss_steps
+        if run.rows > timed_rows:
+            seconds = clock.training_s() - timed_s
+            tokens_per_s = (run.rows - timed_rows) * data.seq_len / seconds
+        entry = {"step": run.step, "tokens": run.rows * data.seq_len,
+                 "elapsed_s": clock.elapsed(), "progress": f, "lr": run.lr, "batch": run.batch,
+                 "loss": loss_mean, "tokens_per_s": tokens_per_s,
+                 "mfu": tokens_per_s * flops / peak_flops if peak_flops else None}
+        run.loss_sum, run.loss_steps = 0.0, 0
+        timed_rows, timed_s = run.rows, clock.training_s()
+        if with_validation:
+            with clock.part("validate"):
+                entry["val_loss"] = validate(model, autocast, val_set, microbatch, team)
+        if team.rank == 0:
+            print(log_row(entry), flush=True)
+            try:
+                log.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                print(f"log.jsonl: {error}; training goes on")
+        return entry
+
+    def set_stride(rows_left):
+        order.fit(run.rows, rows_left)
+        total = run.rows + rows_left
+        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
+              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
+
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = f"{team.size} x {card}" if team.size > 1 else card
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
+          f"{str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
+          f"{len(data.train):,} rows of {data.seq_len} tokens\n"
+          f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
+          "unigram entropy")
+    stride_is_set = bool(s.steps)
+    if s.steps and budget_changed:
+        set_stride(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
+    if run.step and budget_changed:
+        print("another budget: the schedule goes on at what is spent / the new budget")
+        run.logged_at = progress(team.agree(clock.elapsed())[0])
+    if use_compile:
+        # A step without an update, on rows of nothing, compiles what it runs. Where steps end in
+        # microbatches of several sizes a second one follows: the compiler then makes code for all
+        with clock.part("compile"):
+            sizes = microbatch_sizes(s, microbatch, team)
+            for size in sorted({min(sizes), max(sizes)}):
+                rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
+                forward_backward_that_fits(rows).item()
+                model.zero_grad()
+
+    fetched = reader.submit(read, run.rows)
+    saved_at = time.monotonic()
+    first_rows, first_s = timed_rows, timed_s = run.rows, clock.training_s()
+    print(LOG_HEADER)
+    stop.listen()  # before this there is nothing to save, and Ctrl-C just leaves
+
+    # --- The loop
+
+    while True:
+        save_due = (team.rank == 0 and clock.parts["save"] < SAVE_SHARE * clock.elapsed()
+                    and time.monotonic() - saved_at > 60 * s.save_minutes)
+        elapsed, run.s_per_row, save_due, stop_asked = team.agree(
+            clock.elapsed(), run.s_per_row, save_due, stop.asked)
+        if stop_asked:
+            break
+        f = progress(elapsed)
+        validation_due = int(20 * f) > int(20 * run.logged_at)
+        log_due = validation_due or int(f / interval) > int(run.logged_at / interval)
+        if log_due and f < 1 and run.step:
+            run.logged_at = f
+            log_line(f, validation_due)
+        if save_due:
+            with clock.part("save"):
+                try:
+                    save_last()
+                except OSError as error:
+                    print(f"{error}; training goes on, the last.pt from before is kept")
+            saved_at = time.monotonic()
+        if log_due or save_due:  # it is later now
+            elapsed = team.agree(clock.elapsed())[0]
+            f = progress(elapsed)
+
+        lr, batch = lr_at(f, s), batch_at(f, s)
+        too_late = not s.steps and elapsed + batch * run.s_per_row > budget_s
+        if f >= 1 or too_late:
+            break
+
+        # With --hours the rows to come are known once the speed is: after 1 % and five steps
+        if not stride_is_set and f > 0.01 and run.rows - first_rows >= 5 * batch:
+            stride_is_set = True
+            seconds = team.agree(clock.training_s() - first_s)[0]
+            set_stride(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
+            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
+
+        began = clock.training_s()
+        rows = fetched.result()[:batch]
+        fetched = reader.submit(read, run.rows + batch)
+        loss = forward_backward_that_fits(rows)
+        if loss is None:
+            stop_asked = True  # nothing of this step has reached the weights: it will come again
+            break
+        team.sum([p.grad for p in model.parameters()] + [loss])
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card in a step
+        if math.isfinite(loss) and math.isfinite(norm):
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            run.loss_sum += loss
+            run.loss_steps += 1
+            run.skipped_in_a_row = 0
+        else:
+            run.skipped += 1
+            run.skipped_in_a_row += 1
+            if run.skipped_in_a_row == MAX_SKIPPED:
+                raise CramError(f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row: "
+                                "the run has broken down. Resume it from last.pt, or start again "
+                                "with a smaller --lr")
+        scaler.update()
+        model.zero_grad()
+        run.step += 1
+        run.rows += batch
+        run.lr, run.batch = lr, batch
+        run.s_per_row = (clock.training_s() - began) / batch
+
+    # --- The end
+
+    elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
+    parts = {"train": clock.training_s(), **clock.parts}
+    reader.shutdown(cancel_futures=True)
+    if stop_asked:
+        save_last()
+        print(f"stopped after step {run.step:,} and saved; go on with --resume")
+        return
+
+    last = log_line(progress(elapsed), with_validation=True)
+    try:
+        save_last()
+    except OSError as error:  # the model itself may still fit
+        print(f"{error}; the run cannot be extended later")
+    if team.rank == 0:
+        save_whole(out / "ckpt.pt", {
+            "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
+            "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last,
+            "card": card, "source": data.source})
+
+    tokens, cuda = run.rows * data.seq_len, device.type == "cuda"
+    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else "n/a"
+    exaflop = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
+    print(f"""
+tokens           {tokens:,} in {run.rows:,} rows, {run.rows / len(data.train):.2f} passes
+steps            {run.step:,}, of which {run.skipped:,} skipped
+wall clock       {elapsed:.1f} s of {f'{s.steps:,} steps' if s.steps else f'{budget_s:.1f} s'}
+                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
+after the clock  {clock.elapsed() - elapsed:.1f} s for the final validation and checkpoint
+peak memory      {memory}
+exaFLOP          {exaflop} as the paper counts (peak x time), {tokens * flops / 1e18:.3g} used
+training loss    {'n/a' if last['loss'] is None else f"{last['loss']:.3f}"}
+validation loss  {last['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
+wrote            {out / 'ckpt.pt'}""")
+
+
+# -------------------------------------------------------------------------- 6. What the loop calls
+
+
+@torch.no_grad()
+def validate(model, autocast, val_set, rows_at_once, team):
+    """Mean cross-entropy, in nats, over the masked tokens of the validation set."""
+    total, n = torch.zeros((), dtype=torch.float64), len(val_set[0])
+    mine = [team.share(x) for x in val_set]  
+    for i in range(0, len(mine[0]), rows_at_once):
+        part = [x[i : i + rows_at_once] for x in mine]
+        with autocast:
+            total += model(*part).item() * len(part[0]) / n
+    team.sum([total])
+    return total.item()
+
+
+def microbatch_sizes(s, microbatch, team):
+    """The sizes of all microbatches that this process will see in the run."""
+    batches = {batch_at(k / 64, s) // team.size for k in range(65)}
+    return {n for b in batches for n in (min(b, microbatch), (b - 1) % microbatch + 1)}
+
+
+def restore(saved, s, data, model, optimizers, scaler, order):
+    """Put what last.pt holds in its places; returns the Run."""
+    differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
+    if differs:
+        raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
+                        + " and ".join(differs))
+    order.start, order.start_row, order.stride = saved["order"]
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    if saved["scaler"]:  # empty if the run was in another precision
+        scaler.load_state_dict(saved["scaler"])
+    run = Run(**saved["run"])
+    saved.clear()  # 1.4 GB
+    return run
 
 
 def save_whole(path, content):
@@ -515,26 +884,6 @@ def load_whole(path):
     return content
 
 
-@dataclass
-class Run:
-    """Where a run stands: beside weights and optimizer, all that changes from step to step."""
-
-    step: int = 0
-    rows: int = 0  # taken so far, which is the position in the data
-    elapsed_s: float = 0.0  # on the clock, when last.pt was written
-    lr: float = 0.0  # of the last step
-    batch: int = 0
-    s_per_row: float = 0.0
-    skipped: int = 0  # steps whose loss or gradient was not finite ...
-    skipped_in_a_row: int = 0  # ... and of these the latest
-    loss_sum: float = 0.0  # since the last line of the log
-    loss_steps: int = 0
-    looked_at: float = 0.0  # progress at that line
-
-
-# -------------------------------------------------------------------------------- 6. Training
-
-
 class Clock:
     """Seconds since the run began, time between sessions left out.
 
@@ -549,7 +898,7 @@ class Clock:
     def elapsed(self):
         return time.monotonic() - self.zero
 
-    def training(self):
+    def training_s(self):
         return self.elapsed() - sum(self.parts.values())
 
     @contextlib.contextmanager
@@ -588,7 +937,7 @@ class Team:
         return rows[n * self.rank // self.size : n * (self.rank + 1) // self.size]
 
     def agree(self, *numbers):
-        """For each number the largest that any of the processes has."""
+        """For each number the largest of all processes; for booleans: whether any is True."""
         if self.size == 1:
             return numbers
         numbers = torch.tensor(numbers, dtype=torch.float64)
@@ -658,10 +1007,10 @@ def open_log(path, step):
     return open(path, "a", buffering=1)
 
 
-COLUMNS = "    time   done     step  batch        lr    loss     val    tokens/s     MFU"
+LOG_HEADER = "    time   done     step  batch        lr    loss     val    tokens/s     MFU"
 
 
-def columns(e):
+def log_row(e):
     """A line of the log for the screen."""
     minutes, seconds = divmod(int(e["elapsed_s"]), 60)
     loss = "-" if e["loss"] is None else f"{e['loss']:.3f}"
@@ -669,6 +1018,13 @@ def columns(e):
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
     return (f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02} {e['progress']:6.1%} {e['step']:8} "
             f"{e['batch']:6} {e['lr']:9.2e} {loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
+
+
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125,
+    "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2, "RTX 3090": 71,
+    "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
+}
 
 
 def find_device(name, precision):
@@ -685,8 +1041,9 @@ def find_device(name, precision):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if precision == "auto":  # the plain question counts emulation, and says yes on Turing
-        native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    if precision == "auto":  # emulation does not count: Turing has it
+        native_bf16 = (device.type == "cuda"
+                       and torch.cuda.is_bf16_supported(including_emulation=False))
         precision = "fp32" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     peak = None
@@ -703,364 +1060,7 @@ def can_compile(device):
             and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with all its singular values made about equal (Jordan et al., 2024), for matrices.
-
-    The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
-    size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
-    This one takes all matrices of a shape in one batch and 7 ms a step on an H200, that one takes
-    them one by one and 51 ms. Several processes share them out.
-    """
-
-    def __init__(self, matrices, lr, weight_decay, team, momentum=0.95):
-        self.team = team
-        shapes = {}
-        for p in matrices:
-            shapes.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": same} for same in shapes.values()],
-                         {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, beta, lr = group["params"], group["momentum"], group["lr"]
-            grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]  # of all of them
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(grad)
-            state["momentum"].lerp_(grad, 1 - beta)
-            ahead = grad.lerp(state["momentum"], beta)  # as Nesterov
-            update = self.team.gather(orthogonalize(self.team.share(ahead)), len(params))
-            size = 0.2 * max(params[0].shape) ** 0.5
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * size)
-
-
-def orthogonalize(x):
-    """Bring the singular values of matrices x (N, rows, columns) near 1: five Newton-Schulz steps
-    x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is good enough for them,
-    but very slow where the chip has no bf16."""
-    tall = x.shape[1] > x.shape[2]
-    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        x = x.bfloat16()
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    a, b, c = 3.4445, -4.7750, 2.0315
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def build_optimizers(model, s, team):
-    """AdamW for everything; with --optimizer muon, for all but the matrices of blocks and head. Of
-    these q, k and v count as three. The embedding, which is also the decoder, stays with AdamW."""
-    matrices = [p for part in (model.blocks, model.head) for p in part.parameters()
-                if p.ndim == 2 and s.optimizer == "muon"]
-    taken = set(matrices)
-    others = [p for p in model.parameters() if p not in taken]
-    groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
-              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]  # norms
-    adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
-    return [adamw, Muon(matrices, s.lr, s.weight_decay, team)] if matrices else [adamw]
-
-
-@torch.no_grad()
-def validate(model, autocast, val_set, rows_at_once, team):
-    """Mean cross-entropy, in nats, over the masked tokens of the validation set."""
-    total, n = torch.zeros((), dtype=torch.float64), len(val_set[0])
-    mine = [team.share(x) for x in val_set]
-    for i in range(0, len(mine[0]), rows_at_once):
-        part = [x[i : i + rows_at_once] for x in mine]
-        with autocast():
-            total += model(*part).item() * len(part[0]) / n
-    team.sum([total])
-    return total.item()
-
-
-@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # cuDNN's is the fastest
-              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
-def train(s, saved=None):
-    """Train by the settings s from the start, or go on from what last.pt holds."""
-    clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
-    team = Team()
-
-    with clock.part("start"):
-        data, out = Data(s.data), Path(s.out)
-        out.mkdir(parents=True, exist_ok=True)
-        device, dtype, peak_flops = find_device(s.device, s.precision)
-        team.join(device)
-        peak_flops = peak_flops and peak_flops * team.size
-        if batch_at(0, s) < team.size:
-            raise CramError(f"{batch_at(0, s)} rows in a step, too few for {team.size} processes")
-        autocast = functools.partial(
-            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32
-        )
-        torch.manual_seed(s.seed)
-        with device:  # the CPU would take seconds to draw 120 M weights
-            model = CrammedBERT(s, data.vocab_size, data.seq_len)
-        use_compile = can_compile(device) if s.compile is None else s.compile
-        compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # a fusion that is not used
-        optimizers = build_optimizers(model, s, team)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        generator = torch.Generator(device)
-        val_set = validation_set(data, device)
-        order = RowOrder(len(data.train), s)
-        run, new_budget = Run(), True
-
-        if saved:
-            differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
-            if differs:
-                raise CramError(f"{s.data} is not what the run in {out} was trained on: other "
-                                + " and ".join(differs))
-            run = Run(**saved["run"])
-            order.start, order.start_row, order.stride = saved["order"]
-            model.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
-            if saved["scaler"]:  # empty if the run was in another precision
-                scaler.load_state_dict(saved["scaler"])
-            print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
-            before = saved["settings"]
-            new_budget = (s.hours, s.steps) != (before["hours"], before["steps"])
-            saved.clear()  # 1.4 GB
-
-    budget_s = s.hours * 3600
-    interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)  # progress from line to line
-    flops = flops_per_token(model, s, data.seq_len)
-    microbatch = s.microbatch
-    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
-    tokens_per_s, loss_mean, timed_rows, timed_s = 0.0, None, run.rows, 0.0
-    stop = Stop()
-
-    def progress(elapsed):
-        return run.step / s.steps if s.steps else elapsed / budget_s
-
-    def save_last():
-        if team.rank == 0:
-            run.elapsed_s = clock.elapsed()
-            save_whole(out / "last.pt", {
-                "settings": asdict(s), "data": data.identity, "run": asdict(run),
-                "clock": clock.parts, "order": (order.start, order.start_row, order.stride),
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                "scaler": scaler.state_dict()})
-
-    # A thread reads the next rows while the card computes. How many a step takes is known only
-    # when it begins, so as many are read as it can take.
-    reader = ThreadPoolExecutor(1)
-
-    def read(position):
-        rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
-        return torch.from_numpy(rows.astype(np.int32))
-
-    def accumulate(rows):
-        """Forward and backward of this process's share of a step. Returns its part of the mean loss
-        over all rows, and leaves its part of the gradient in the parameters; None if a stop was
-        asked for. The masks are drawn for all rows, and so do not depend on who takes which."""
-        generator.manual_seed(mask_seed(s.seed, run.step))
-        masked = mask_tokens(
-            rows.to(device).long(), s.mask_rate, s.mask_replace, data.vocab_size, generator)
-        share = [team.share(x) for x in masked]
-        total = torch.zeros((), device=device)
-        for i in range(0, len(share[0]), microbatch):
-            if stop.asked and team.size == 1:  # several stop together, between steps
-                return None
-            micro = [x[i : i + microbatch] for x in share]
-            with autocast():
-                loss = compiled(*micro) * (len(micro[0]) / len(rows))
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def accumulate_what_fits(rows):
-        """The same, with half as many rows at a time until the card's memory holds them."""
-        nonlocal microbatch
-        while True:
-            full = False
-            try:
-                total = accumulate(rows)
-            except RuntimeError as error:  # each kind of device has a class of its own for this
-                full = "out of memory" in str(error).lower()
-                if not full:
-                    raise
-            # Out of the except clause, which keeps the memory of the frames that failed
-            if not any(team.agree(full)):
-                return total
-            microbatch = min(microbatch, -(-len(rows) // team.size)) // 2
-            if not microbatch:
-                raise CramError("a single row at a time does not fit into the card's memory")
-            print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
-            model.zero_grad()
-            torch.compiler.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def log_line(f, measure):
-        """Write a line of the log, with the validation loss if `measure`; returns it."""
-        nonlocal timed_rows, timed_s, tokens_per_s, loss_mean
-        if run.loss_steps:
-            loss_mean = run.loss_sum / run.loss_steps
-        if run.rows > timed_rows:
-            seconds = clock.training() - timed_s
-            tokens_per_s = (run.rows - timed_rows) * data.seq_len / seconds
-        entry = {"step": run.step, "tokens": run.rows * data.seq_len,
-                 "elapsed_s": clock.elapsed(), "progress": f, "lr": run.lr, "batch": run.batch,
-                 "loss": loss_mean, "tokens_per_s": tokens_per_s,
-                 "mfu": tokens_per_s * flops / peak_flops if peak_flops else None}
-        run.loss_sum, run.loss_steps = 0.0, 0
-        timed_rows, timed_s = run.rows, clock.training()
-        if measure:
-            with clock.part("validate"):
-                entry["val_loss"] = validate(model, autocast, val_set, microbatch, team)
-        if team.rank == 0:
-            print(columns(entry), flush=True)
-            try:
-                log.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                print(f"log.jsonl: {error}; training goes on")
-        return entry
-
-    def fit_order(rows_left):
-        order.fit(run.rows, rows_left)
-        total = run.rows + rows_left
-        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
-              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
-
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    card = f"{team.size} x {card}" if team.size > 1 else card
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
-          f"{str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
-          f"{len(data.train):,} rows of {data.seq_len} tokens\n"
-          f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
-          "unigram entropy")
-    stride_is_set = bool(s.steps)
-    if s.steps and new_budget:
-        fit_order(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
-    if run.step and new_budget:
-        print("another budget: the schedule goes on at what is spent / the new budget")
-        run.looked_at = progress(*team.agree(clock.elapsed()))
-    if use_compile:
-        # A step without an update, on rows of nothing, compiles what it runs. Where steps end in
-        # microbatches of several sizes a second one follows: the compiler then makes code for all.
-        with clock.part("compile"):
-            batches = {batch_at(k / 64, s) // team.size for k in range(65)}
-            sizes = {b % microbatch or microbatch for b in batches if b > microbatch}
-            sizes |= {min(b, microbatch) for b in batches}
-            for size in sorted({min(sizes), max(sizes)}):
-                rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
-                accumulate_what_fits(rows).item()
-                model.zero_grad()
-
-    fetched = reader.submit(read, run.rows)
-    saved_at = time.monotonic()
-    first_rows, first_s = timed_rows, timed_s = run.rows, clock.training()
-    print(COLUMNS)
-    stop.listen()  # before this there is nothing to save, and Ctrl-C just leaves
-
-    while True:
-        save = (team.rank == 0 and clock.parts["save"] < SAVE_SHARE * clock.elapsed()
-                and time.monotonic() - saved_at > 60 * s.save_minutes)
-        elapsed, run.s_per_row, save, asked = team.agree(
-            clock.elapsed(), run.s_per_row, save, stop.asked)
-        if asked:
-            break
-        f = progress(elapsed)
-        measure = int(20 * f) > int(20 * run.looked_at)
-        line = measure or int(f / interval) > int(run.looked_at / interval)
-        if line and f < 1 and run.step:
-            run.looked_at = f
-            log_line(f, measure)
-        if save:
-            with clock.part("save"):
-                try:
-                    save_last()
-                except OSError as error:
-                    print(f"{error}; training goes on, the last.pt from before is kept")
-            saved_at = time.monotonic()
-        if line or save:  # it is later now
-            elapsed, = team.agree(clock.elapsed())
-            f = progress(elapsed)
-        if f >= 1 or not s.steps and elapsed + batch_at(f, s) * run.s_per_row > budget_s:
-            break  # the budget is spent, or the step would end after it
-
-        if not stride_is_set and f > 0.01 and run.rows - first_rows >= 5 * batch_at(f, s):
-            stride_is_set = True  # the speed is known
-            seconds, = team.agree(clock.training() - first_s)
-            fit_order(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
-            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
-
-        began = clock.training()
-        lr, batch = lr_at(f, s), batch_at(f, s)
-        rows = fetched.result()[:batch]
-        fetched = reader.submit(read, run.rows + batch)
-        loss = accumulate_what_fits(rows)
-        if loss is None:
-            asked = True  # nothing of this step has reached the weights; a resume does it again
-            break
-        team.sum([p.grad for p in model.parameters()] + [loss])
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card in a step
-        if math.isfinite(loss) and math.isfinite(norm):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                scaler.step(optimizer)
-            run.loss_sum += loss
-            run.loss_steps += 1
-            run.skipped_in_a_row = 0
-        else:
-            run.skipped += 1
-            run.skipped_in_a_row += 1
-            if run.skipped_in_a_row == MAX_SKIPPED:
-                raise CramError(f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row: "
-                                "the run has broken down. Resume it from last.pt, or start again "
-                                "with a smaller --lr")
-        scaler.update()
-        model.zero_grad()
-        run.step += 1
-        run.rows += batch
-        run.lr, run.batch = lr, batch
-        run.s_per_row = (clock.training() - began) / batch
-
-    elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
-    parts = {"train": clock.training(), **clock.parts}
-    reader.shutdown(cancel_futures=True)
-    if asked:
-        save_last()
-        print(f"stopped after step {run.step:,} and saved; go on with --resume")
-        return
-
-    last = log_line(progress(elapsed), measure=True)
-    try:
-        save_last()
-    except OSError as error:  # the model itself may still fit
-        print(f"{error}; the run cannot be extended later")
-    if team.rank == 0:
-        save_whole(out / "ckpt.pt", {
-            "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
-            "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last,
-            "card": card, "source": data.source})
-
-    tokens, cuda = run.rows * data.seq_len, device.type == "cuda"
-    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else "n/a"
-    exaflop = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
-    print(f"""
-tokens           {tokens:,} in {run.rows:,} rows, {run.rows / len(data.train):.2f} passes
-steps            {run.step:,}, of which {run.skipped:,} skipped
-wall clock       {elapsed:.1f} s of {f'{s.steps:,} steps' if s.steps else f'{budget_s:.1f} s'}
-                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
-after the clock  {clock.elapsed() - elapsed:.1f} s for the final validation and checkpoint
-peak memory      {memory}
-exaFLOP          {exaflop} as the paper counts (peak x time), {tokens * flops / 1e18:.3g} used
-training loss    {'n/a' if last['loss'] is None else f"{last['loss']:.3f}"}
-validation loss  {last['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
-wrote            {out / 'ckpt.pt'}""")
-
-
-# ------------------------------------------------------------------ 7. Using it, command line
+# --------------------------------------------------------------------------- 7. The finished model
 
 
 def load_checkpoint(path, device="cpu", dropout=0.0):
@@ -1086,7 +1086,8 @@ def fill(path, text, device):
     ids = [CLS, *tokenizer.encode(text, add_special_tokens=False).ids, SEP]
     if MASK not in ids:
         raise CramError('--fill needs a text with a <mask> in it, as "paris is in <mask>."')
-    for logits in model.logits(torch.tensor([ids], device=device))[0, np.equal(ids, MASK)]:
+    ids = torch.tensor([ids], device=device)
+    for logits in model.logits(ids)[ids == MASK]:
         best = logits.softmax(0).topk(5)
         print("<mask>:", ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in
                                    zip(best.values.tolist(), best.indices.tolist())))
@@ -1173,11 +1174,41 @@ A BERT of {sum(p.numel() for p in model.parameters()):,} parameters, trained fro
     print(f"wrote {folder}: AutoModelForMaskedLM.from_pretrained({str(folder)!r}) loads it")
 
 
+# --------------------------------------------------------------------------------- 8. Command line
+
+# A resumed run may change these; all others belong to the run.
+FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
+                  "save_minutes"}
+
+CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "optimizer": ("adamw", "muon"),
+         "order": ("file", "random"), "precision": ("auto", "bf16", "fp16", "fp32")}
+
+
+def check(s):
+    """Raise CramError for settings that cannot work."""
+    rules = [
+        ("hours layers width heads batch microbatch lr eps clip save_minutes",
+         "a positive number", lambda x: 0 < x < math.inf),
+        ("steps weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
+        ("ramp lr_start warmup decay mask_replace", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
+        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
+        ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
+        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
+        *((name, " or ".join(words), words.__contains__) for name, words in CHOICES.items())]
+    for names, what, holds in rules:
+        for name in names.split():
+            value = getattr(s, name)
+            if not holds(value):
+                raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
+    if s.width % (2 * s.heads):
+        raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
+
+
 def settings_for(given, resume):
     """The settings of a run, from what was given on the command line, and its last.pt or None."""
     recipe = RECIPES.get(given.get("recipe", Settings.recipe), {})
-    s, out = Settings(**{**recipe, **given}), Path(given.get("out", Settings.out))
-    saved = None
+    s, saved = Settings(**{**recipe, **given}), None
+    out = Path(s.out)
     if resume:
         saved = load_whole(out / "last.pt")
         before = saved["settings"]
@@ -1191,7 +1222,7 @@ def settings_for(given, resume):
         if bool(before["steps"]) != bool(s.steps) and {"hours", "steps"} & set(given):
             unit = "--steps" if before["steps"] else "--hours"
             raise CramError(f"{out} was begun with {unit}: resume it with the same kind of budget")
-        s = Settings(**{**before, **given, "out": str(out)})
+        s = Settings(**{**before, **given, "out": s.out})
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
         raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
     check(s)
@@ -1203,11 +1234,8 @@ def parse_arguments():
     modern = RECIPES["modern"]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
-        description="Train a BERT from scratch on one GPU in one day.",
-        epilog="Examples: cram.py --hours 24;  cram.py --layers 2 --width 128 --heads 4 --batch 32 "
-               "--steps 200 --out out/tiny;  cram.py --resume;  cram.py --fill 'a <mask> sentence'",
-        argument_default=argparse.SUPPRESS,
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         kind = {"type": f.type} if f.default is not None else {
             "action": argparse.BooleanOptionalAction}
