@@ -816,9 +816,10 @@ wrote            {out / 'ckpt.pt'}""")
 
 @torch.no_grad()
 def validate(model, autocast, val_set, rows_at_once, team):
-    """Mean cross-entropy, in nats, over the masked tokens of the validation set."""
+    """Mean cross-entropy, in nats, over the masked tokens of the validation set. The model is not
+    the compiled one: to compile what validation runs would take longer than that saves."""
     total, n = torch.zeros((), dtype=torch.float64), len(val_set[0])
-    mine = [team.share(x) for x in val_set]  
+    mine = [team.share(x) for x in val_set]
     for i in range(0, len(mine[0]), rows_at_once):
         part = [x[i : i + rows_at_once] for x in mine]
         with autocast:
