@@ -1231,14 +1231,15 @@ def settings_for(given, resume):
 
 
 def parse_arguments():
-    """A flag for each setting, with the comment behind it as its help."""
+    """A flag for each setting, with the comment behind it as its help, on one line."""
     modern = RECIPES["modern"]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)
+        usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=24, width=140))
     for f in fields(Settings):
-        kind = {"type": f.type} if f.default is not None else {
+        kind = {"type": f.type, "metavar": f.type.__name__} if f.default is not None else {
             "action": argparse.BooleanOptionalAction}
         default = [f"default: {f.default}"] if f.default is not None else []
         default += [f"modern: {modern[f.name]}"] if f.name in modern else []

@@ -509,24 +509,28 @@ def print_table(run):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Fine-tune a crammed BERT on GLUE.",
-        epilog="Examples: finetune_glue.py --task cola;  finetune_glue.py --task all --data glue",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=[*sorted(TASKS), "all"], help="GLUE task")
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="what cram.py wrote")
+    parser.add_argument("--ckpt", default="out/ckpt.pt",
+                        help="what cram.py wrote (default: %(default)s)")
     parser.add_argument("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the "
                         "columns of nyu-mll/glue; without it they come from the hub")
-    parser.add_argument("--trials", type=int, default=5, help="runs with different seeds")
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the training rows")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples per step")
-    parser.add_argument("--lr", type=float, default=4e-5, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next has + 1")
+    parser.add_argument("--trials", type=int, default=5,
+                        help="runs with different seeds (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5,
+                        help="passes over the training rows (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="examples per step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-5,
+                        help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the first trial; the next has + 1 (default: %(default)s)")
     parser.add_argument("--scratch", action="store_true",
                         help="random weights of the checkpoint's size, as a control")
     parser.add_argument("--test", action="store_true", help="also write the first trial's "
                         "predictions of the test split into glue_test/, for the GLUE server")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cuda, mps or cpu (default: %(default)s)")
     args = parser.parse_args()
     for flag in ("trials", "epochs", "batch_size", "lr"):
         if not getattr(args, flag) > 0:

@@ -1,8 +1,8 @@
 """Turn raw text into rows of token ids that cram.py trains on.
 
-    python prepare.py                                          # C4 from the hub, 8.9 G tokens
-    python prepare.py --source "texts/*.jsonl.xz" --out data   # your own text
-    python prepare.py --source python-docs --vocab-size 4096   # no network, half a minute
+    python prepare.py                                             # C4 from the hub, 8.9 G tokens
+    python prepare.py --source "texts/*.jsonl.xz" --out data/own  # your own text
+    python prepare.py --source python-docs --vocab-size 4096 --out data/docs  # no network, 30 s
 
 What happens to the text: it is read a document at a time, normalised to lower-case ASCII, used to
 train a WordPiece tokenizer, tokenized in parallel, filtered, deduplicated, packed without padding
@@ -695,10 +695,7 @@ def report(meta):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Tokenize and pack text for cram.py.",
-        epilog='Examples: prepare.py;  prepare.py --source "texts/*.jsonl.xz" --out data/mine;  '
-               "prepare.py --source python-docs --vocab-size 4096 --out data/docs",
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="c4", help=(
         "c4, wikipedia, fineweb-edu (from the hub), python-docs (no network), or a path, folder or "
         "glob of .txt, .jsonl, .json, .parquet files, also .gz, .xz, text in the column "
