@@ -651,6 +651,8 @@ def test_a_run_learns_and_keeps_its_books(train, data):
         assert line["lr"] == cram.lr_at((line["step"] - 1) / 200, s)
         assert line["batch"] == rows[line["step"] - 1]
         assert line["mfu"] is None and line["tokens_per_s"] > 0
+    for optimizer in saved["optimizers"]:
+        assert {group["lr"] for group in optimizer["param_groups"]} == {log[-1]["lr"]}
     assert [line["step"] for line in log if "val_loss" in line] == [*range(10, 201, 10)]
     val = [line["val_loss"] for line in log if "val_loss" in line]
     assert val[-1] < val[0] - 1
@@ -768,16 +770,20 @@ class StopAt:
         return self.left < 0
 
 
-def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(train, monkeypatch):
-    """Also inside an accumulation (4 microbatches a step) and across passes over the data."""
-    flags = {"steps": 300, "microbatch": 8}
+@pytest.mark.parametrize("steps, batch, passes", [(300, 32, 4.4), (40, 8, 0.14)])
+def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
+        train, monkeypatch, data, steps, batch, passes):
+    """Also inside an accumulation (4 microbatches a step), across passes over the data, and within
+    one of which the budget takes only every seventh row."""
+    flags = {"steps": steps, "batch": batch, "microbatch": batch // 4}
     whole = train("whole", **flags)
-    assert whole[0]["run"]["rows"] > 5000  # some 13 passes
+    rows = json.loads((data / "meta.json").read_text())["train_rows"]
+    assert whole[0]["run"]["rows"] / rows == pytest.approx(passes, rel=0.1)
     rng = random.Random(0)
     for attempt in range(3):
         out = f"parts{attempt}"
         for resume in (False, True):
-            monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, 350)))
+            monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, steps)))
             train(out, resume, **({} if resume else flags))
             assert not (train.folder / out / "ckpt.pt").exists()
         monkeypatch.setattr(cram, "Stop", StopAt(10**9))
@@ -1386,6 +1392,18 @@ def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, mon
             "4", "neutral", "5", "contradiction", "6", "entailment"]
     assert (tmp_path / "out/glue_test/STS-B.tsv").read_text().split()[3::2] == [
         "0.000", "0.000", "2.346", "5.000", "5.000"]
+
+
+def test_trials_in_groups_are_the_trials_one_by_one(glue, tmp_path, monkeypatch):
+    write_glue(tmp_path / "glue", "stsb", train=32)
+    monkeypatch.setattr(finetune_glue, "DROPOUT", 0.0)
+    trials = []
+    for at_once in (1, 2):
+        monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *a: at_once)
+        glue("--task", "stsb", "--trials", 3, "--epochs", 2, "--lr", 1e-3)
+        trials.append(runs_of(tmp_path)[0]["tasks"]["stsb"]["trials"])
+        (tmp_path / "out/glue.json").unlink()
+    assert trials[0] == trials[1] and len({trial["validation"] for trial in trials[0]}) == 3
 
 
 @pytest.mark.parametrize("scratch", [False, True])
