@@ -313,11 +313,11 @@ class Tuning:
         self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
         self.lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))],
                                 device=self.device)
+        self.model.train()  # before recording: a graph has dropout, or has not
         for T in sorted(set(self.lengths) - set(self.graphs)) if self.records else ():
             self.record(T)
 
         torch.manual_seed(seed)
-        self.model.train()
         self.model.bert.load_state_dict(self.pretrained.state_dict())
         if self.args.scratch:
             self.model.bert.init_weights()

@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1512,6 +1513,25 @@ def test_a_trial_repeats_and_leaves_nothing_to_the_next():
     second = trial(tuning, 1)
     assert same(trial(tuning, 0), first) and places() == at
     assert not same(first, second) and same(trial(tuning_of(LENGTHS, dropout=0.1)[0], 1), second)
+
+
+def test_steps_are_recorded_with_dropout_each_length_once(monkeypatch):
+    """What a card would record, without one."""
+    tuning, _ = tuning_of(LENGTHS, dropout=0.1)
+    tuning.records, tuning.random, tuning.stream, recorded = True, Mock(), Mock(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+    def record(T):
+        assert all(module.training for module in tuning.model.modules())
+        recorded.append(T)
+        tuning.graphs[T] = None
+
+    tuning.record = record
+    for seed in (0, 1):
+        tuning.start(seed)
+        assert recorded == sorted(set(tuning.lengths)) and len(recorded) > 1
+        tuning.random.manual_seed.assert_called_with(seed)
+        tuning.model.eval()
 
 
 def test_trials_side_by_side_are_the_trials_alone():
