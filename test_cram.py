@@ -1407,6 +1407,17 @@ def test_trials_in_groups_are_the_trials_one_by_one(glue, tmp_path, monkeypatch)
     assert trials[0] == trials[1] and len({trial["validation"] for trial in trials[0]}) == 3
 
 
+def test_a_trial_that_diverged_has_no_score_and_costs_no_other(glue, tmp_path, monkeypatch):
+    write_glue(tmp_path / "glue", "rte", train=16)
+    real = finetune_glue.Tuning.predict
+    monkeypatch.setattr(finetune_glue.Tuning, "predict", lambda self, split: (
+        real(self, split) * (math.nan if torch.initial_seed() == 1 else 1)))
+    with pytest.raises(cram.CramError, match="without a score: rte seed 1. A smaller --lr"):
+        glue("--task", "rte", "--trials", 3, "--epochs", 1)
+    trials = runs_of(tmp_path)[0]["tasks"]["rte"]["trials"]
+    assert [trial["seed"] for trial in trials] == [0, 2]
+
+
 @pytest.mark.parametrize("scratch", [False, True])
 def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
     write_glue(tmp_path / "glue", "rte", train=16)
@@ -1518,11 +1529,12 @@ def test_a_trial_repeats_and_leaves_nothing_to_the_next():
 def test_steps_are_recorded_with_dropout_each_length_once(monkeypatch):
     """What a card would record, without one."""
     tuning, _ = tuning_of(LENGTHS, dropout=0.1)
-    tuning.records, tuning.random, tuning.stream, recorded = True, Mock(), Mock(), []
+    tuning.records, tuning.generator, tuning.stream, recorded = True, Mock(), Mock(), []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
 
     def record(T):
         assert all(module.training for module in tuning.model.modules())
+        assert tuning.scaler  # a step needs it
         recorded.append(T)
         tuning.graphs[T] = None
 
@@ -1531,7 +1543,7 @@ def test_steps_are_recorded_with_dropout_each_length_once(monkeypatch):
         tuning.model.eval()  # as load_checkpoint and predict leave it
         tuning.start(seed)
         assert recorded == sorted(set(tuning.lengths)) and len(recorded) > 1
-        tuning.random.manual_seed.assert_called_with(seed)
+        tuning.generator.manual_seed.assert_called_with(seed)
 
 
 def test_trials_side_by_side_are_the_trials_alone():
