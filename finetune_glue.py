@@ -611,7 +611,7 @@ def main():
                     bar.clear()
                     print(f"{name} seed {seed}: {TASKS[name].metric} "
                           + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
-            print(f"{name}: {len(missing[name])} trials in {time.monotonic() - began:.1f} s",
+            print(f"{name}: {len(missing[name])} of the trials, {time.monotonic() - began:.1f} s",
                   flush=True)
             del tunings, tuning  # before the next task's take memory; a compiled model is in a
             gc.collect()  # circle of references
