@@ -405,7 +405,7 @@ def orthogonalize(x):
     x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is good enough for them,
     but very slow where the chip has no bf16."""
     tall = x.shape[1] > x.shape[2]
-    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+    if has_bf16(x.device):
         x = x.bfloat16()
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1042,10 +1042,8 @@ def find_device(name, precision):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if precision == "auto":  # emulation does not count: Turing has it
-        native_bf16 = (device.type == "cuda"
-                       and torch.cuda.is_bf16_supported(including_emulation=False))
-        precision = "fp32" if device.type != "cuda" else "bf16" if native_bf16 else "fp16"
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     peak = None
     if device.type == "cuda" and dtype != torch.float32:
@@ -1053,6 +1051,11 @@ def find_device(name, precision):
         peak = next((1e12 * tflops for name, tflops in PEAK_TFLOPS.items()
                      if re.search(rf"\b{name}\b", card)), None)
     return device, dtype, peak
+
+
+def has_bf16(device):
+    """Whether it is a card that has bf16 itself: torch emulates it on Turing, very slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def can_compile(device):

@@ -298,7 +298,6 @@ class Tuning:
             self.model.parameters(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0,
             fused=True, capturable=self.records)
         self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)  # of the last step
         self.graphs, self.graph_memory, self.stream = {}, None, None
         if self.records:
             self.stream = torch.cuda.Stream(device)
@@ -343,7 +342,6 @@ class Tuning:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
-        self.loss.copy_(loss.detach())
 
     def record(self, T):
         """Record step(T) as a CUDA graph.
@@ -565,23 +563,23 @@ def main():
                 "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
     results, run = open_results(path, identity, digests)
     again = to_predict(folder, run, splits) if args.test else ()
-    missing, steps = {}, {}
+    missing, steps = {}, Counter()  # trials to run; how many steps of each length they take
     for name in splits:
         done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
         missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
                          if seed not in done or seed == args.seed and name in again]
-        steps[name] = Counter(T for seed in missing[name] for T in plan(
-            splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
+        for seed in missing[name]:
+            steps.update(plan(
+                splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
 
-    in_all = sum(steps.values(), Counter())
-    compiled = lengths_to_compile(in_all, device, dtype)
+    compiled = lengths_to_compile(steps, device, dtype)
     for file, rows in PLACEHOLDERS.items() if args.test else ():
         write_whole(folder / f"{file}.tsv", tsv(rows))
     if compiled:
         torch.compiler.set_stance("force_eager")  # evaluation; record() switches it on
     diverged = []
     at_once = trials_at_once(bert, device, dtype, args.batch_size)
-    tokens = args.batch_size * sum(T * n for T, n in in_all.items())
+    tokens = args.batch_size * sum(T * n for T, n in steps.items())
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
               disable=not tokens) as bar:
         for name in [name for name in splits if missing[name]]:
