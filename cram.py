@@ -74,13 +74,13 @@ class Settings:
     heads: int = 12  # attention heads of width / heads channels
 
     # Optimization: paper section 4.3
-    optimizer: str = "adamw"  # of blocks' and head's matrices, adamw or muon; all else is adamw's
+    optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and head, all else adamw
     batch: int = 8192  # rows per optimizer step after the ramp
     ramp: float = 0.6  # share of the budget in which the batch grows, by 16ths; 0: no growth
     lr: float = 1e-3  # peak learning rate
-    lr_start: float = 0.25  # share of it to start with
+    lr_start: float = 0.25  # rate to start with, as a share of --lr
     warmup: float = 0.75  # share of the budget until the peak
-    decay: float = 0.25  # share of the budget, the last one, over which it falls to zero
+    decay: float = 0.25  # last share of the budget, in which the rate falls to zero
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW
     eps: float = 1e-12  # AdamW
@@ -88,17 +88,17 @@ class Settings:
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
-    mask_rate: float = 0.25  # share of tokens to guess: above BERT's 15 %, rows are seen about once
+    mask_rate: float = 0.25  # share of tokens to guess; BERT: 15 %, of rows it sees many times
     mask_replace: float = 0.8  # share of these that becomes <mask>; half the rest is random tokens
-    order: str = "file"  # of the first pass: the file's, short sentences first; or random
+    order: str = "file"  # of the first pass: file, as prepare.py sorted it; or random
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: none of these changes what is learned, but for rounding
+    # Machine: speed and rounding only; but each type of device draws weights and masks of its own
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 if the card has it, else fp16
-    compile: bool | None = None  # torch.compile; by itself on for CUDA only
+    compile: bool | None = None  # torch.compile; by itself on where there is CUDA and Triton
     save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
 
@@ -113,9 +113,9 @@ RECIPES = {  # what a recipe sets where the command line does not
 
 MILESTONES = {  # said at the start of a run of full size
     "crammed": "validation loss in ten minutes on an H200: 6.8 at 15 %, 6.3 at 50 %, 5.0 at 80 %, "
-               "4.07 at the end\nthe paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
+               "4.1 at the end\nthe paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
     "modern": "validation loss in ten minutes on an H200: 4.6 at 5 %, 3.8 at 10 %, 3.3 at 20 %, "
-              "2.8 at 50 %, 2.46 at the end",
+              "2.8 at 50 %, 2.5 at the end",
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
@@ -129,7 +129,8 @@ class CramError(Exception):
 
 
 class CrammedBERT(nn.Module):
-    """Token ids (B, T) in, hidden states (B, T, C) out; 119.6 M parameters at the paper's size.
+    """encode: token ids (B, T) -> hidden states (B, T, C); logits: -> (B, T, V); forward: -> the
+    loss of masked rows. 119.6 M parameters at the paper's size.
 
     With --model modernbert it is what Hugging Face transformers calls ModernBERT, with global
     attention everywhere: rotary positions instead of the sinusoid, norms without bias, no norm at
@@ -183,13 +184,13 @@ class CrammedBERT(nn.Module):
         else:
             x = x + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
-        if torch.is_autocast_enabled(x.device.type):  # half the traffic of the residual stream
+        if torch.is_autocast_enabled(x.device.type):  # half the memory traffic between the blocks
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if keep is not None:
             keep = keep[:, None, None, :]  # for every head and every query
         for block in self.blocks[:-1]:
             x = block(x, keep, cos_sin)
-        x = self.blocks[-1](x, keep, cos_sin, positions)
+        x = self.blocks[-1](x, keep, cos_sin, positions)  # what is not decoded stops there
         return self.final_norm(x)
 
     def decode(self, x):
@@ -230,8 +231,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token looks at every token of its row, also across documents (as in the paper).
-    Which kernel does it is said at `train`."""
+    """Every token looks at every token of its row, also across documents (as in the paper)."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -343,7 +343,6 @@ def lr_at(f, s):
 
     The paper's (config bert-o4) is lr · min(0.25 + f, 4 (1 - f)), with its peak at f = 0.75.
     """
-    f = max(f, 0.0)
     up = s.lr_start + (1 - s.lr_start) * f / s.warmup if s.warmup else 1.0
     down = (1 - f) / s.decay if s.decay else 1.0
     return s.lr * max(0.0, min(up, 1.0, down))
@@ -354,7 +353,7 @@ def batch_at(f, s):
     (15/16 of the ramp).
 
     Small batches learn more per token at first, large ones at the end. In the original the size of
-    a stair is the microbatch, a hidden setting; here it is 1/16 of the batch on every card.
+    a stair is the microbatch, a hidden setting; here it is 1/16 of the batch, whatever the card.
     """
     stairs = min(1 + int(16 * f / s.ramp), 16) if s.ramp else 16
     return max(1, s.batch * stairs // 16)
@@ -396,13 +395,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, beta, lr = group["params"], group["momentum"], group["lr"]
             grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]  # of all of them
+            state = self.state[params[0]]  # one momentum for the whole group
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - beta)
             ahead = grad.lerp(state["momentum"], beta)  # as Nesterov
             update = self.team.gather(orthogonalize(self.team.share(ahead)), len(params))
-            size = 0.2 * max(params[0].shape) ** 0.5
+            size = 0.2 * max(params[0].shape) ** 0.5  # root mean square 0.2, as AdamW's
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * size)
 
@@ -439,7 +438,7 @@ class Data:
         meta = json.loads((folder / "meta.json").read_text())
         self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
         self.source = meta["source"]
-        self.unigram_entropy = meta.get("unigram_entropy", math.nan)
+        self.unigram_entropy = meta["unigram_entropy"]
         self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
@@ -455,7 +454,8 @@ class Data:
         return np.memmap(path, "<u2", "r").reshape(count, self.seq_len)
 
     def check_ids(self, rows):
-        """The rows, if the embedding has a vector for each id: a GPU would only say "assert"."""
+        """The rows, if the embedding has a vector for each id: a GPU would die of it without saying
+        why."""
         if rows.max() >= self.vocab_size:
             raise CramError(f"token id {rows.max()} in the data, but its tokenizer ends at "
                             f"{self.vocab_size - 1}: run prepare.py again")
@@ -529,7 +529,7 @@ MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its los
 
 @dataclass
 class Run:
-    """Where a run stands: beside weights and optimizer, all that changes from step to step."""
+    """Where a run stands: its numbers, beside weights, optimizer and clock."""
 
     step: int = 0
     rows: int = 0  # taken so far, which is the position in the data
@@ -539,23 +539,25 @@ class Run:
     s_per_row: float = 0.0
     skipped: int = 0  # steps whose loss or gradient was not finite ...
     skipped_in_a_row: int = 0  # ... since the last good one
-    loss_sum: float = 0.0  # since the last line of the log
+    loss: float | None = None  # what the last line of the log said
+    tokens_per_s: float = 0.0
+    loss_sum: float = 0.0  # since that line
     loss_steps: int = 0
-    logged_at: float = 0.0  # progress at that line
+    timed_rows: int = 0  # rows and seconds of training until that line
+    timed_s: float = 0.0
 
 
-@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # cuDNN's is the fastest
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest comes first
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved=None):
     """Train by the settings s from the start, or go on from what last.pt holds."""
     clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
-    team = Team()
 
     with clock.part("start"):
         data, out = Data(s.data), Path(s.out)
         out.mkdir(parents=True, exist_ok=True)
         device, dtype, peak_flops = find_device(s.device, s.precision)
-        team.join(device)
+        team = Team(device)
         if batch_at(0, s) < team.size:
             raise CramError(f"{batch_at(0, s)} rows in a step, too few for {team.size} processes")
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -564,7 +566,7 @@ def train(s, saved=None):
             model = CrammedBERT(s, data.vocab_size, data.seq_len)
         use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # a fusion that is not used
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # nothing to mend
         optimizers = build_optimizers(model, s, team)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator(device)  # of the masks
@@ -578,13 +580,13 @@ def train(s, saved=None):
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     budget_s = s.hours * 3600
-    # A line of the log every 2 % of the budget, 100 steps or, with --hours, minute
+    # A line of the log at least every 2 % of the budget and every 100 steps; with --hours, minute
     interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)
     flops = flops_per_token(model, s, data.seq_len)
-    peak_flops = peak_flops and peak_flops * team.size
+    if peak_flops:
+        peak_flops *= team.size
     microbatch = s.microbatch
     log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
-    tokens_per_s, loss_mean = 0.0, None
     stop = Stop()
 
     def progress(elapsed):
@@ -600,20 +602,22 @@ def train(s, saved=None):
                 "scaler": scaler.state_dict()})
 
     # A thread reads the next rows while the card computes. How many a step takes is known only
-    # when it begins, so as many are read as it can take.
+    # when it begins, so as many are read as it can take. In pinned memory they can be copied to the
+    # card without waiting for it.
     reader = ThreadPoolExecutor(1)
 
     def read(position):
         rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
-        return torch.from_numpy(rows.astype(np.int32))
+        rows = torch.from_numpy(rows.astype(np.int32))
+        return rows.pin_memory() if device.type == "cuda" else rows
 
     def forward_backward(rows):
         """Forward and backward of this process's share of a step. Returns its part of the mean loss
         over all rows, and leaves its part of the gradient in the parameters; None if a stop was
         asked for. The masks are drawn for the rows of all processes."""
         generator.manual_seed(mask_seed(s.seed, run.step))
-        masked = mask_tokens(
-            rows.to(device).long(), s.mask_rate, s.mask_replace, data.vocab_size, generator)
+        masked = mask_tokens(rows.to(device, non_blocking=True).long(), s.mask_rate,
+                             s.mask_replace, data.vocab_size, generator)
         share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
         for i in range(0, len(share[0]), microbatch):
@@ -637,7 +641,7 @@ def train(s, saved=None):
                 full = "out of memory" in str(error).lower()
                 if not full:
                     raise
-            # Out of the except clause, which keeps the memory of the frames that failed
+            # Not in the except clause: there the traceback still holds the tensors of the step
             if not any(team.agree(full)):
                 return total
             microbatch = min(microbatch, -(-len(rows) // team.size)) // 2
@@ -645,24 +649,22 @@ def train(s, saved=None):
                 raise CramError("a single row at a time does not fit into the card's memory")
             print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
             model.zero_grad()
-            torch.compiler.reset()  # or it would make code for rows of any number, which is slower
+            torch.compiler.reset()  # with both sizes known it would write slower code, for any size
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def log_line(f, with_validation):
+    def log_line(elapsed, with_validation):
         """Write a line of the log; returns it."""
-        nonlocal timed_rows, timed_s, tokens_per_s, loss_mean
         if run.loss_steps:
-            loss_mean = run.loss_sum / run.loss_steps
-        if run.rows > timed_rows:
-            seconds = clock.training_s() - timed_s
-            tokens_per_s = (run.rows - timed_rows) * data.seq_len / seconds
+            run.loss, run.loss_sum, run.loss_steps = run.loss_sum / run.loss_steps, 0.0, 0
+        if run.rows > run.timed_rows:
+            seconds = clock.training_s() - run.timed_s
+            run.tokens_per_s = (run.rows - run.timed_rows) * data.seq_len / seconds
+            run.timed_rows, run.timed_s = run.rows, run.timed_s + seconds
         entry = {"step": run.step, "tokens": run.rows * data.seq_len,
-                 "elapsed_s": clock.elapsed(), "progress": f, "lr": run.lr, "batch": run.batch,
-                 "loss": loss_mean, "tokens_per_s": tokens_per_s,
-                 "mfu": tokens_per_s * flops / peak_flops if peak_flops else None}
-        run.loss_sum, run.loss_steps = 0.0, 0
-        timed_rows, timed_s = run.rows, clock.training_s()
+                 "elapsed_s": elapsed, "progress": progress(elapsed), "lr": run.lr,
+                 "batch": run.batch, "loss": run.loss, "tokens_per_s": run.tokens_per_s,
+                 "mfu": run.tokens_per_s * flops / peak_flops if peak_flops else None}
         if with_validation:
             with clock.part("validate"):
                 entry["val_loss"] = validate(model, autocast, val_set, microbatch, team)
@@ -694,10 +696,9 @@ def train(s, saved=None):
         set_stride(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
     if run.step and budget_changed:
         print("another budget: the schedule goes on at what is spent / the new budget")
-        run.logged_at = progress(team.agree(clock.elapsed())[0])
     if use_compile:
-        # A step without an update, on rows of nothing, compiles what it runs. Where steps end in
-        # microbatches of several sizes a second one follows: the compiler then makes code for all
+        # A step on zeros, without an update, compiles what it runs. Where microbatches are of
+        # several sizes a second one follows: then the compiler writes code for any size
         with clock.part("compile"):
             sizes = microbatch_sizes(s, microbatch, team)
             for size in sorted({min(sizes), max(sizes)}):
@@ -707,7 +708,8 @@ def train(s, saved=None):
 
     fetched = reader.submit(read, run.rows)
     saved_at = time.monotonic()
-    first_rows, first_s = timed_rows, timed_s = run.rows, clock.training_s()
+    first_rows, first_s = run.rows, clock.training_s()  # of this session
+    logged_at = progress(team.agree(clock.elapsed())[0])
     print(LOG_HEADER)
     stop.listen()  # before this there is nothing to save, and Ctrl-C just leaves
 
@@ -718,14 +720,14 @@ def train(s, saved=None):
                     and time.monotonic() - saved_at > 60 * s.save_minutes)
         elapsed, run.s_per_row, save_due, stop_asked = team.agree(
             clock.elapsed(), run.s_per_row, save_due, stop.asked)
+        f = progress(elapsed)
+        validation_due = int(20 * f) > int(20 * logged_at)
+        log_due = validation_due or int(f / interval) > int(logged_at / interval)
+        if log_due and f < 1 and run.step:
+            logged_at = f
+            log_line(elapsed, validation_due)
         if stop_asked:
             break
-        f = progress(elapsed)
-        validation_due = int(20 * f) > int(20 * run.logged_at)
-        log_due = validation_due or int(f / interval) > int(run.logged_at / interval)
-        if log_due and f < 1 and run.step:
-            run.logged_at = f
-            log_line(f, validation_due)
         if save_due:
             with clock.part("save"):
                 try:
@@ -733,7 +735,7 @@ def train(s, saved=None):
                 except OSError as error:
                     print(f"{error}; training goes on, the last.pt from before is kept")
             saved_at = time.monotonic()
-        if log_due or save_due:  # it is later now
+        if log_due or save_due:  # that took time, and what follows goes by the clock
             elapsed = team.agree(clock.elapsed())[0]
             f = progress(elapsed)
 
@@ -750,7 +752,7 @@ def train(s, saved=None):
             fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
 
         began = clock.training_s()
-        rows = fetched.result()[:batch]
+        rows = fetched.result()[:batch]  # the rest will be read again
         fetched = reader.submit(read, run.rows + batch)
         loss = forward_backward_that_fits(rows)
         if loss is None:
@@ -762,7 +764,7 @@ def train(s, saved=None):
                 group["lr"] = lr
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card in a step
+        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card (fp16: two)
         if math.isfinite(loss) and math.isfinite(norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -785,19 +787,23 @@ def train(s, saved=None):
 
     # --- The end
 
-    elapsed = clock.elapsed()  # the clock stops here: what follows is not counted
+    elapsed = clock.elapsed()  # what follows is not counted, and a resume does not pay for it
     parts = {"train": clock.training_s(), **clock.parts}
     reader.shutdown(cancel_futures=True)
+    if not run.step and not stop_asked:
+        raise CramError("the budget was over before the first step")
+    try:
+        with clock.part("save"):
+            save_last()
+    except OSError as error:
+        if stop_asked:
+            raise
+        print(f"{error}; the run cannot be extended later")  # the model itself may still fit
     if stop_asked:
-        save_last()
         print(f"stopped after step {run.step:,} and saved; go on with --resume")
         return
 
-    last = log_line(progress(elapsed), with_validation=True)
-    try:
-        save_last()
-    except OSError as error:  # the model itself may still fit
-        print(f"{error}; the run cannot be extended later")
+    last = log_line(elapsed, with_validation=True)
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
             "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
@@ -897,8 +903,8 @@ def load_whole(path):
 class Clock:
     """Seconds since the run began, time between sessions left out.
 
-    It starts before the data is opened and the model built, and stops after the last update.
-    What is not start-up, compilation, validation or saving is training.
+    It starts before the data is opened and the model built; train reads it for the last time after
+    the last update. What is not start-up, compilation, validation or saving is training.
     """
 
     def __init__(self, elapsed=0.0, parts=None):
@@ -924,20 +930,18 @@ class Team:
     """The processes of a run, one for each GPU, when torchrun starts several; else one, alone.
 
     All hold the same weights and go through the same steps, each with its share of the rows. The
-    one of rank 0 speaks: it prints, logs and saves.
+    one of rank 0 prints, logs and saves.
     """
 
-    def __init__(self):
+    def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-
-    def join(self, device):
-        """Meet the others. gloo carries numbers of this program, NCCL what is on the cards."""
         if self.size > 1:
             if device.type == "mps":
                 raise CramError("torchrun needs CUDA cards, or --device cpu")
             if self.rank:
                 sys.stdout = open(os.devnull, "w")
+            # gloo carries numbers of this program, NCCL what is on the cards
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             self.sum([torch.zeros(1, device=device)])  # NCCL takes its memory now, not at step 1
 
@@ -983,7 +987,8 @@ class Team:
 
 
 class Stop:
-    """Ctrl-C and the like ask for a stop before the next microbatch; a second leaves at once.
+    """Ctrl-C and the like ask for a stop before the next microbatch (of several processes: the next
+    step); a second one leaves at once.
 
     Signals that are ignored stay so: nohup and the shell's & count on it.
     """
@@ -1008,7 +1013,7 @@ class Stop:
 
 
 def open_log(path, step):
-    """log.jsonl to append to: new, or without what a killed run wrote after the step it resumes."""
+    """log.jsonl to append to: new, or on a resume without the lines after the step of last.pt."""
     lines = path.read_text().splitlines() if step and path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     part = path.with_suffix(".part")
@@ -1223,25 +1228,27 @@ def check(s):
 
 def settings_for(given, resume):
     """The settings of a run, from what was given on the command line, and its last.pt or None."""
-    recipe = RECIPES.get(given.get("recipe", Settings.recipe), {})
-    s, saved = Settings(**{**recipe, **given}), None
-    out = Path(s.out)
+    out = Path(given.get("out", Settings.out))
+    if {"hours", "steps"} <= set(given):
+        raise CramError("give --hours or --steps, not both")
     if resume:
         saved = load_whole(out / "last.pt")
-        before = saved["settings"]
         if "run" not in saved:
             raise CramError(f"{out}/last.pt is a finished model, not a run under way")
-        differs = [f"--{key.replace('_', '-')} {value} (was {before[key]})"
-                   for key, value in given.items()
-                   if key not in FREE_ON_RESUME and value != before[key]]
+        base = saved["settings"]
+        differs = [f"--{key.replace('_', '-')} {value} (was {base[key]})"
+                   for key, value in given.items() if key not in FREE_ON_RESUME
+                   and value != base[key]]
         if differs:
             raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
-        if bool(before["steps"]) != bool(s.steps) and {"hours", "steps"} & set(given):
-            unit = "--steps" if before["steps"] else "--hours"
-            raise CramError(f"{out} was begun with {unit}: resume it with the same kind of budget")
-        s = Settings(**{**before, **given, "out": s.out})
+        unit, other = ("steps", "hours") if base["steps"] else ("hours", "steps")
+        if other in given:
+            raise CramError(f"{out} was begun with --{unit}: resume it with that kind of budget")
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
         raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
+    else:
+        saved, base = None, RECIPES.get(given.get("recipe", Settings.recipe), {})
+    s = Settings(**{**base, **given, "out": str(out)})
     check(s)
     return s, saved
 
@@ -1292,4 +1299,4 @@ if __name__ == "__main__":
     except (CramError, OSError) as error:
         sys.exit(f"cram.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ncram.py: stopped; nothing was saved")
+        sys.exit("\ncram.py: interrupted")
