@@ -737,6 +737,17 @@ def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
     assert saved["run"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
 
 
+def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch):
+    seen, real = [], math.isfinite
+    monkeypatch.setattr(math, "isfinite", lambda x: (seen.append(x), real(x))[1])
+    _, log = train(steps=100)
+    losses = seen[::2]  # the loop asks for loss and norm of each step
+    starts = [0] + [line["step"] for line in log]
+    assert len(log) >= 50 and starts[-1] == 100
+    for start, line in zip(starts, log):
+        assert line["loss"] == pytest.approx(np.mean(losses[start : line["step"]]))
+
+
 def test_the_end_repeated(train, monkeypatch):
     """A finished run, resumed, ends with the same numbers; the final validation is on no clock."""
     train(steps=30)
