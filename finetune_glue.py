@@ -80,6 +80,7 @@ PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of the pairs of RTE, 0.3 of MNLI
 BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
 DROPOUT = 0.1
+BAR_S = 0.1 if sys.stderr.isatty() else 60  # between looks of the progress bar: a file gets few
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -581,7 +582,7 @@ def main():
     at_once = trials_at_once(bert, device, dtype, args.batch_size)
     tokens = args.batch_size * sum(T * n for T, n in steps.items())
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
-              disable=not tokens) as bar:
+              mininterval=BAR_S, disable=not tokens) as bar:
         for name in [name for name in splits if missing[name]]:
             bar.set_description(name)
             train, began = splits[name]["train"], time.monotonic()

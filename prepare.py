@@ -63,6 +63,7 @@ PIECE = 100_000  # characters handed to the tokenizer at once; also the pieces o
 PILE_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
 SAVE_SECONDS = 5  # between the places from which a killed run goes on
+BAR_S = 0.1 if sys.stderr.isatty() else 60  # between looks of a progress bar: a file gets few
 NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes of outage
 
 
@@ -323,7 +324,7 @@ class Source:
         if self.files and not self.parquet:
             sources = ((limit * f.stat().st_size / max(1, total), read_file(f))
                        for f in self.files)
-        with tqdm(desc="tokenizer", unit="char", unit_scale=True) as bar:
+        with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_S) as bar:
             for share, documents in sources:
                 due += share
                 for text, _ in documents if used < due else ():
@@ -544,7 +545,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
     work_list = () if enough else chunks(source, progress["position"])
     saved_at = time.monotonic()
     with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=None if source.files else target) as bar:
+              total=None if source.files else target, mininterval=BAR_S) as bar:
         for (_, reasons, position), documents in in_parallel(work_list, tokenizer_json):
             counts["documents_read"] += len(documents) + len(reasons)
             counts["invalid"] += len(reasons)
@@ -633,7 +634,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     digest = hashlib.sha256()
     dealt = np.zeros(seq_len + 1, np.int64)
     with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
-                                      total=2 * n_rows) as bar:
+                                      total=2 * n_rows, mininterval=BAR_S) as bar:
         for rows in row_blocks(tokens_path, n_rows, seq_len):
             dots = (rows == dot).sum(1)
             for d in np.unique(dots):
