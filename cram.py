@@ -616,8 +616,8 @@ def train(s, saved=None):
         over all rows, and leaves its part of the gradient in the parameters; None if a stop was
         asked for. The masks are drawn for the rows of all processes."""
         generator.manual_seed(mask_seed(s.seed, run.step))
-        masked = mask_tokens(rows.to(device, non_blocking=True).long(), s.mask_rate,
-                             s.mask_replace, data.vocab_size, generator)
+        rows = rows.to(device, non_blocking=device.type == "cuda").long()
+        masked = mask_tokens(rows, s.mask_rate, s.mask_replace, data.vocab_size, generator)
         share = [team.share(x) for x in masked]
         total = torch.zeros((), device=device)
         for i in range(0, len(share[0]), microbatch):
