@@ -1388,6 +1388,17 @@ def test_results_of_other_data_or_another_checkpoint_are_kept_apart(glue, tmp_pa
     assert len(runs_of(tmp_path)) == 4
 
 
+def test_of_several_runs_that_fit_the_one_that_has_the_task_goes_on(tmp_path):
+    runs = [{"checkpoint": "c", "tasks": {"cola": {"data": {"train": "old"}}}},
+            {"checkpoint": "c", "tasks": {name: {"data": {"train": name}}
+                                          for name in ("cola", "rte")}}]
+    (tmp_path / "glue.json").write_text(json.dumps({"runs": runs}))
+    for name, train, expected in (("rte", "rte", {"cola", "rte"}), ("cola", "old", {"cola"})):
+        _, run = finetune_glue.open_results(
+            tmp_path / "glue.json", {"checkpoint": "c"}, {name: {"train": train}})
+        assert set(run["tasks"]) == expected
+
+
 def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
     folder, flags = tmp_path / "out/glue_test", ["--trials", 2, "--epochs", 1, "--test"]
     for name in finetune_glue.TASKS:
@@ -1652,6 +1663,7 @@ def test_blocks_share_one_compiled_code_for_each_length():
     ("cola", {"sentence": 3}, (), "not a string"),
     ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
     ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
+    ("cola", {}, ("--seed", -1), "--seed must be 0 or more"),
     ("nli", {}, (), "invalid choice"),
     ("mrpc", {}, (), "no train.jsonl"),
 ])
