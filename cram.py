@@ -111,7 +111,7 @@ RECIPES = {  # what a recipe sets where the command line does not
     },
 }
 
-MILESTONES = {  # said at the start of a run of full size
+MILESTONES = {  # said at the start of a run of full size; README.md has the commands
     "crammed": "validation loss in ten minutes on an H200: 6.8 at 15 %, 6.3 at 50 %, 5.0 at 80 %, "
                "4.1 at the end\nthe paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
     "modern": "validation loss in ten minutes on an H200: 4.6 at 5 %, 3.8 at 10 %, 3.3 at 20 %, "
@@ -593,7 +593,9 @@ def train(s, saved=None):
         return run.step / s.steps if s.steps else elapsed / budget_s
 
     def save_last():
-        if team.rank == 0:
+        if team.rank:
+            return
+        with clock.part("save"):
             run.elapsed_s = clock.elapsed()
             save_whole(out / "last.pt", {
                 "settings": asdict(s), "data": data.identity, "run": asdict(run),
@@ -729,11 +731,10 @@ def train(s, saved=None):
         if stop_asked:
             break
         if save_due:
-            with clock.part("save"):
-                try:
-                    save_last()
-                except OSError as error:
-                    print(f"{error}; training goes on, the last.pt from before is kept")
+            try:
+                save_last()
+            except OSError as error:
+                print(f"{error}; training goes on, the last.pt from before is kept")
             saved_at = time.monotonic()
         if log_due or save_due:  # that took time, and what follows goes by the clock
             elapsed = team.agree(clock.elapsed())[0]
@@ -793,8 +794,7 @@ def train(s, saved=None):
     if not run.step and not stop_asked:
         raise CramError("the budget was over before the first step")
     try:
-        with clock.part("save"):
-            save_last()
+        save_last()
     except OSError as error:
         if stop_asked:
             raise

@@ -63,7 +63,7 @@ PIECE = 100_000  # characters handed to the tokenizer at once; also the pieces o
 PILE_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
 SAVE_SECONDS = 5  # between the places from which a killed run goes on
-BAR_S = 0.1 if sys.stderr.isatty() else 60  # between looks of a progress bar: a file gets few
+BAR_S = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
 NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes of outage
 
 

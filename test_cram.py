@@ -751,6 +751,21 @@ def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
     assert saved["run"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
 
 
+def test_a_line_of_the_log():
+    """Time, time left, share done ... under their names, within 100 columns after days of it."""
+    entry = {"step": 12_345_678, "tokens": 0, "elapsed_s": 36 * 3600 + 61.7, "progress": 0.75,
+             "lr": 1.25e-4, "batch": 8192, "loss": 10.12345, "val_loss": 12.3456,
+             "tokens_per_s": 123_456_789.0, "mfu": 0.4567}
+    row = cram.log_row(entry)
+    assert row.split() == ["36:01:02", "12:00:21", "75.0%", "12345678", "8192", "1.25e-04",
+                           "10.123", "12.346", "123,456,789", "45.7%"]
+    assert len(row) == len(cram.LOG_HEADER) <= 100
+    ends = [[i for i, (a, b) in enumerate(zip(line, line[1:] + " ")) if a != " " and b == " "]
+            for line in (cram.LOG_HEADER, row)]
+    assert ends[0] == ends[1]
+    assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
+
+
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch):
     seen, real = [], math.isfinite
     monkeypatch.setattr(math, "isfinite", lambda x: (seen.append(x), real(x))[1])
@@ -790,21 +805,6 @@ def test_fill_and_python_interface(train, data):
 
 
 # ------------------------------------------------------------------------------ interrupted
-
-
-def test_a_line_of_the_log():
-    """Time, time left, share done ... under their names, within 100 columns after days of it."""
-    entry = {"step": 12_345_678, "tokens": 0, "elapsed_s": 36 * 3600 + 61.7, "progress": 0.75,
-             "lr": 1.25e-4, "batch": 8192, "loss": 10.12345, "val_loss": 12.3456,
-             "tokens_per_s": 123_456_789.0, "mfu": 0.4567}
-    row = cram.log_row(entry)
-    assert row.split() == ["36:01:02", "12:00:21", "75.0%", "12345678", "8192", "1.25e-04",
-                           "10.123", "12.346", "123,456,789", "45.7%"]
-    assert len(row) == len(cram.LOG_HEADER) <= 100
-    ends = [[i for i, (a, b) in enumerate(zip(line, line[1:] + " ")) if a != " " and b == " "]
-            for line in (cram.LOG_HEADER, row)]
-    assert ends[0] == ends[1]
-    assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
 
 
 class StopAt:
