@@ -1,6 +1,7 @@
 """Fine-tune a crammed BERT on GLUE and score it.
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
+    python finetune_glue.py --task rte cola           # two; compiled once for both
     python finetune_glue.py --task all --trials 5     # the eight tasks, and their average
     python finetune_glue.py --task all --test         # also out/glue_test/*.tsv for the GLUE server
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
@@ -512,7 +513,9 @@ def print_table(run):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=[*sorted(TASKS), "all"], help="GLUE task")
+    parser.add_argument("--task", required=True, nargs="+", choices=[*sorted(TASKS), "all"],
+                        metavar="TASK", help="one or more of " + ", ".join(sorted(TASKS))
+                        + "; or all")
     parser.add_argument("--ckpt", default="out/ckpt.pt",
                         help="what cram.py wrote (default: %(default)s)")
     parser.add_argument("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the "
@@ -551,7 +554,7 @@ def main():
 
     # The data of all tasks first: what is wrong with it is said now, not hours later
     splits, digests = {}, {}
-    for name in TASKS if args.task == "all" else [args.task]:
+    for name in [name for name in TASKS if {name, "all"} & set(args.task)]:
         task = TASKS[name]
         splits[name] = {
             split: load_split(name, split, args.data, tokenizer, max_length, device)
