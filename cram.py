@@ -4,7 +4,7 @@
     python cram.py --hours 24                 # data/ -> out/ckpt.pt
     python cram.py --resume                   # go on where a stopped run is
     python cram.py --fill "paris is the <mask> of france."
-    python cram.py --recipe modern --out out/modern
+    python cram.py --recipe modern --hours 0.1 --out out/modern
     python cram.py --out out/modern --export bert     # a folder for Hugging Face transformers
     python cram.py --layers 2 --width 128 --heads 4 --batch 32 --steps 200 --out out/tiny
     torchrun --standalone --nproc_per_node=8 cram.py  # one process for each of eight GPUs
@@ -68,7 +68,7 @@ class Settings:
     out: str = "out"  # where last.pt, ckpt.pt and log.jsonl go
 
     # Model: paper section 4.2
-    model: str = "crammed"  # crammed: sinusoid positions; modernbert: rotary ones, and a head
+    model: str = "crammed"  # crammed: sinusoid positions; modernbert: rotary ones, a head
     layers: int = 16  # transformer blocks
     width: int = 768  # C, channels
     heads: int = 12  # attention heads of width / heads channels
@@ -97,23 +97,24 @@ class Settings:
     # Machine: speed and rounding only; but each type of device draws weights and masks of its own
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
     device: str = "auto"  # auto, cuda, mps or cpu
-    precision: str = "auto"  # auto, bf16, fp16 or fp32; auto: bf16 if the card has it, else fp16
+    precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
     compile: bool | None = None  # torch.compile; by itself on where there is CUDA and Triton
     save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
 
 RECIPES = {  # what a recipe sets where the command line does not
     "crammed": {},
-    "modern": {  # README.md has what each is worth; chosen at two minutes, not yet for a day
+    "modern": {  # README.md has what was measured; chosen at two minutes, not yet for a day
         "model": "modernbert", "optimizer": "muon", "order": "random",
         "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
         "weight_decay": 0.05, "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
     },
 }
 
-MILESTONES = {  # said at the start of a run of full size; README.md has the commands
-    "crammed": "validation loss in ten minutes on an H200: 6.8 at 15 %, 6.3 at 50 %, 5.0 at 80 %, "
-               "4.1 at the end\nthe paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
+MILESTONES = {  # said at the start of a run that changes nothing of its recipe
+    "crammed": "validation loss in ten minutes on an H200: 6.7 at 20 %, 6.4 at 50 %, 5 to 6 at "
+               "80 %, 4.1 to 4.7 at the end\n"
+               "the paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
     "modern": "validation loss in ten minutes on an H200: 4.6 at 5 %, 3.8 at 10 %, 3.3 at 20 %, "
               "2.8 at 50 %, 2.5 at the end",
 }
@@ -139,12 +140,13 @@ class CrammedBERT(nn.Module):
 
     def __init__(self, s, vocab_size, seq_len, dropout=0.0):
         super().__init__()
-        self.modern = modern = s.model == "modernbert"
+        self.modernbert = modernbert = s.model == "modernbert"
         norm = functools.partial(
-            nn.LayerNorm, s.width, eps=1e-5 if modern else 1e-12, bias=not modern)
+            nn.LayerNorm, s.width, eps=1e-5 if modernbert else 1e-12,
+            bias=not modernbert)
         self.seq_len = seq_len
         self.embed = nn.Embedding(vocab_size, s.width)
-        if modern:
+        if modernbert:
             self.register_buffer("rotary", rotary(seq_len, s.width // s.heads), persistent=False)
         else:
             self.position_scale = nn.Parameter(torch.empty(()))
@@ -152,18 +154,18 @@ class CrammedBERT(nn.Module):
         self.embed_norm = norm()
         self.dropout = nn.Dropout(dropout)  # 0 in pretraining: no row is seen often enough
         self.blocks = nn.ModuleList(Block(s, norm, dropout) for _ in range(s.layers))
-        if modern:
+        if modernbert:
             self.blocks[0].norm1 = nn.Identity()
         self.final_norm = norm()
         self.head = (nn.Sequential(nn.Linear(s.width, s.width, bias=False), nn.GELU(), norm())
-                     if modern else nn.Identity())
+                     if modernbert else nn.Identity())
         self.init_weights()
 
     def init_weights(self):
         """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C).
         With --model modernbert each block begins as the identity: what it adds to x is zero."""
         for name, p in self.named_parameters():
-            if self.modern and name.endswith(("attention.out.weight", "ffn.down.weight")):
+            if self.modernbert and name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -179,7 +181,7 @@ class CrammedBERT(nn.Module):
         if T > self.seq_len:
             raise CramError(f"{T} tokens, but this model reads at most {self.seq_len}")
         x, cos_sin = self.embed(ids), None
-        if self.modern:
+        if self.modernbert:
             cos_sin = self.rotary[:, :T]
         else:
             x = x + self.position_scale * self.sinusoid[:T]
@@ -255,7 +257,7 @@ class Attention(nn.Module):
 class GatedFFN(nn.Module):
     """up(x) · GELU(gate(x)): one half of the inner layer opens and closes the other.
 
-    Two matrices where others split the output of one (as with q, k and v): the backward pass then
+    Two matrices, as for q, k and v, where others split the output of one: the backward pass then
     has no gradients to copy together.
     """
 
@@ -309,10 +311,10 @@ def flops_per_token(model, s, seq_len):
 
 
 def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
-    """Choose tokens to guess: exactly 32 of a row of 128, of which 26 become <mask>, 3 a random
-    token, and 3 stay (80/10/10 of BERT). All rows of a step are drawn at once, so that the masks
-    do not depend on how the step is cut into microbatches. A fixed count keeps shapes static.
-    (Validation has masks of its own, see validation_set.)
+    """Choose tokens to guess, in each row as many, which keeps shapes static: with the paper's
+    settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (80/10/10 of BERT).
+    All rows of a step are drawn at once, so that the masks do not depend on how the step is cut
+    into microbatches. (Validation has masks of its own, see validation_set.)
 
     rows (B, T) -> inputs (B, T), positions (B, M), targets (B, M); M = round(mask_rate * T)
     """
@@ -360,8 +362,8 @@ def batch_at(f, s):
 
 
 def build_optimizers(model, s, team):
-    """AdamW for everything; with --optimizer muon, for all but the matrices of blocks and head: Q,
-    K and V one by one. The embedding, which is also the decoder, stays with AdamW."""
+    """AdamW for everything; with --optimizer muon, Muon for the matrices of blocks and head (Q, K
+    and V one by one), AdamW for the rest: norms, and the embedding, which is also the decoder."""
     matrices = []
     if s.optimizer == "muon":
         matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
@@ -580,7 +582,8 @@ def train(s, saved=None):
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     budget_s = s.hours * 3600
-    # A line of the log at least every 2 % of the budget and every 100 steps; with --hours, minute
+    # A line of the log at least every 2 % of the budget, and with --steps every 100 steps, with
+    # --hours every minute
     interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)
     flops = flops_per_token(model, s, data.seq_len)
     if peak_flops:
@@ -691,8 +694,12 @@ def train(s, saved=None):
           f"{len(data.train):,} rows of {data.seq_len} tokens\n"
           f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
           "unigram entropy")
-    if (s.layers, s.width) == (Settings.layers, Settings.width):
+    recipe = Settings(**{"recipe": s.recipe, **RECIPES[s.recipe]})
+    if all(getattr(s, f.name) == getattr(recipe, f.name) for f in fields(s)
+           if f.name not in {"seed", *FREE_ON_RESUME}):
         print(MILESTONES[s.recipe])
+    # With --steps the rows to come are known now, and only a new budget changes them; with --hours
+    # they depend on the speed, and are planned once that is known, again in each session
     stride_is_set = bool(s.steps)
     if s.steps and budget_changed:
         set_stride(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
@@ -745,7 +752,6 @@ def train(s, saved=None):
         if f >= 1 or too_late:
             break
 
-        # With --hours the rows to come are known once the speed is: after 1 % and five steps
         if not stride_is_set and f > 0.01 and run.rows - first_rows >= 5 * batch:
             stride_is_set = True
             seconds = team.agree(clock.training_s() - first_s)[0]
@@ -766,7 +772,7 @@ def train(s, saved=None):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card (fp16: two)
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):  # the scaler looks for itself, in fp16
             for optimizer in optimizers:
                 scaler.step(optimizer)
             run.loss_sum += loss
@@ -844,8 +850,8 @@ def validate(model, autocast, val_set, rows_at_once, team):
 
 
 def microbatch_sizes(s, microbatch, team):
-    """The sizes of all microbatches that this process will see in the run."""
-    batches = {batch_at(k / 64, s) // team.size for k in range(65)}
+    """The sizes of all microbatches of the run, up to a row; the same in every process."""
+    batches = {batch_at(s.ramp * (k + 0.5) / 16, s) // team.size for k in range(16)}  # each stair
     return {n for b in batches for n in (min(b, microbatch), (b - 1) % microbatch + 1)}
 
 
@@ -1125,7 +1131,7 @@ def export(path, folder):
     s, result = Settings(**content["settings"]), content["result"]
     if s.model != "modernbert":
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
-                        "(sinusoid positions): only --recipe modern can be exported")
+                        "(sinusoid positions): only --model modernbert can be exported")
     if folder.exists() and any(folder.iterdir()):
         raise CramError(f"{folder} is not empty: give --export a new folder")
     folder.mkdir(parents=True, exist_ok=True)

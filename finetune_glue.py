@@ -7,7 +7,7 @@
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
 The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
-tasks, at most five epochs, the score after the last one, the median of five trials. No task trains
+tasks, five epochs, the score after the last one, the median of five trials. No task trains
 on another task's data.
 
 A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
@@ -268,8 +268,9 @@ def records_graphs(device, dtype):
 
 def trials_at_once(model, device, dtype, B):
     """As many as the card's memory holds; one where steps are not recorded. A trial is taken to
-    need 16 bytes a parameter (weight, gradient, two moments) and 24 for activations of 16 rows;
-    together they were 31 on an H200. There eight are 3 % faster than five; more are not taken."""
+    need 40 bytes a parameter, 16 of them for weight, gradient and two moments, the rest for what 16
+    rows leave behind; measured were 31. On an H200 eight are 3 % faster than five; more are not
+    taken."""
     if not records_graphs(device, dtype):
         return 1
     free, _ = torch.cuda.mem_get_info(device)
@@ -306,8 +307,11 @@ class Tuning:
             self.generator = torch.cuda.default_generators[device.index].clone_state()
         self.compiled = compiled  # lengths for which the blocks are
         if compiled:
-            for block in self.model.bert.blocks:  # they are alike, and share one code for each
-                block.compile(dynamic=False)  # length; two with modern, whose first has no norm
+            # Blocks are alike and share one code for each length; with modernbert two, as the first
+            # has no norm. Only record() runs it: evaluation would compile for shapes of its own
+            torch.compiler.set_stance("force_eager")
+            for block in self.model.bert.blocks:
+                block.compile(dynamic=False)
 
     def start(self, seed):
         """As before the first step: pretrained or random weights, a new head, no momentum."""
@@ -432,8 +436,9 @@ def open_results(path, identity, digests):
     try:
         results = json.loads(path.read_text()) if path.exists() else {"runs": []}
         ours = [run for run in results["runs"] if identity.items() <= run.items() and all(
-            digests[name].get(split, digest) == digest for name in digests
-            for split, digest in run["tasks"].get(name, {}).get("data", {}).items())]
+            digests[name].get(split, digest) == digest
+            for name, entry in run["tasks"].items() if name in digests
+            for split, digest in entry["data"].items())]
         if ours:  # several, where the data of another task differs: the one that has most of these
             return results, max(ours, key=lambda run: len(run["tasks"].keys() & digests.keys()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -568,12 +573,12 @@ def main():
     identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
                 "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
     results, run = open_results(path, identity, digests)
-    again = to_predict(folder, run, splits) if args.test else ()
+    unpredicted = to_predict(folder, run, splits) if args.test else ()
     missing, steps = {}, Counter()  # trials to run; how many steps of each length they take
     for name in splits:
         done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
         missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
-                         if seed not in done or seed == args.seed and name in again]
+                         if seed not in done or (seed == args.seed and name in unpredicted)]
         for seed in missing[name]:
             steps.update(plan(
                 splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
@@ -581,8 +586,6 @@ def main():
     compiled = lengths_to_compile(steps, device, dtype)
     for file, rows in PLACEHOLDERS.items() if args.test else ():
         write_whole(folder / f"{file}.tsv", tsv(rows))
-    if compiled:
-        torch.compiler.set_stance("force_eager")  # evaluation; record() switches it on
     diverged = []
     at_once = trials_at_once(bert, device, dtype, args.batch_size)
     tokens = args.batch_size * sum(T * n for T, n in steps.items())

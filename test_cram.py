@@ -738,7 +738,7 @@ def test_the_clock(train, capsys, monkeypatch):
     step = saved["run"]["s_per_row"] * 32 / 6  # share of the budget that a step takes
     assert 0 <= last_lr <= 3e-3 * 4 * max(0.02, 3 * step)
     shares = sorted(line["progress"] for line in log if "val_loss" in line)
-    assert len(shares) >= 20 * (1 - saved["clock"]["start"] / 6) - 2
+    assert len(shares) >= 20 * (1 - saved["clock"]["start"] / 6) - 5  # some fall into one step
     assert "the budget takes" in capsys.readouterr().out
 
 
@@ -1134,7 +1134,7 @@ def test_what_cannot_be_exported_is_said(train):
     train(steps=2)
     printed = script("cram.py", "--out", train.folder / "out", "--export", train.folder / "x",
                      code=1)
-    assert "only --recipe modern" in printed and not (train.folder / "x").exists()
+    assert "only --model modernbert" in printed and not (train.folder / "x").exists()
     (train.folder / "full").mkdir()
     (train.folder / "full/file").touch()
     train("modern", steps=2, model="modernbert")
