@@ -766,6 +766,14 @@ def test_a_line_of_the_log():
     assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
 
 
+def test_milestones_are_said_of_the_unchanged_recipe_only(train, monkeypatch, capsys):
+    monkeypatch.setitem(cram.RECIPES, "crammed", TINY)
+    train("a", steps=2, seed=3)
+    assert cram.MILESTONES["crammed"] in capsys.readouterr().out
+    train("b", steps=2, lr=1e-4)
+    assert "H200" not in capsys.readouterr().out
+
+
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch):
     seen, real = [], math.isfinite
     monkeypatch.setattr(math, "isfinite", lambda x: (seen.append(x), real(x))[1])
