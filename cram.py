@@ -4,7 +4,7 @@
     python cram.py --hours 24                 # data/ -> out/ckpt.pt
     python cram.py --resume                   # go on where a stopped run is
     python cram.py --fill "paris is the <mask> of france."
-    python cram.py --recipe modern --hours 0.1 --out out/modern
+    python cram.py --recipe modern --hours 0.08 --out out/modern
     python cram.py --out out/modern --export bert     # a folder for Hugging Face transformers
     python cram.py --layers 2 --width 128 --heads 4 --batch 32 --steps 200 --out out/tiny
     torchrun --standalone --nproc_per_node=8 cram.py  # one process for each of eight GPUs
@@ -142,8 +142,7 @@ class CrammedBERT(nn.Module):
         super().__init__()
         self.modernbert = modernbert = s.model == "modernbert"
         norm = functools.partial(
-            nn.LayerNorm, s.width, eps=1e-5 if modernbert else 1e-12,
-            bias=not modernbert)
+            nn.LayerNorm, s.width, eps=1e-5 if modernbert else 1e-12, bias=not modernbert)
         self.seq_len = seq_len
         self.embed = nn.Embedding(vocab_size, s.width)
         if modernbert:

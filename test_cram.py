@@ -766,6 +766,15 @@ def test_a_line_of_the_log():
     assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("batch, microbatch", [(512, 512), (1000, 300), (8192, 512)])
+def test_all_sizes_of_microbatches_are_known_before_compiling(ramp, batch, microbatch):
+    s = cram.Settings(ramp=ramp, batch=batch)
+    batches = {cram.batch_at(k / 10_000, s) for k in range(10_000)}
+    seen = {min(microbatch, rows - i) for rows in batches for i in range(0, rows, microbatch)}
+    assert cram.microbatch_sizes(s, microbatch, Mock(size=1)) == seen
+
+
 def test_milestones_are_said_of_the_unchanged_recipe_only(train, monkeypatch, capsys):
     monkeypatch.setitem(cram.RECIPES, "crammed", TINY)
     train("a", steps=2, seed=3)
