@@ -437,7 +437,11 @@ class Data:
         folder = Path(folder)
         if not (folder / "meta.json").exists():
             raise CramError(f"no prepared data in {folder}: run prepare.py --out {folder} first")
-        meta = json.loads((folder / "meta.json").read_text())
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except ValueError:
+            raise CramError(f"{folder}/meta.json is damaged: copy it again, or delete {folder} and "
+                            "run prepare.py again") from None
         self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
         self.source = meta["source"]
         self.unigram_entropy = meta["unigram_entropy"]
@@ -574,11 +578,12 @@ def train(s, saved=None):
         generator = torch.Generator(device)  # of the masks
         val_set = validation_set(data, device)
         order = RowOrder(len(data.train), s)
-        run, budget_changed = Run(), True
+        run, budget_changed, resumed_at = Run(), True, 0
         if saved:
             before = saved["settings"]
             budget_changed = (s.hours, s.steps) != (before["hours"], before["steps"])
             run = restore(saved, s, data, model, optimizers, scaler, order)
+            resumed_at = run.step
             print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     budget_s = s.hours * 3600
@@ -726,7 +731,8 @@ def train(s, saved=None):
 
     while True:
         save_due = (team.rank == 0 and clock.parts["save"] < SAVE_SHARE * clock.elapsed()
-                    and time.monotonic() - saved_at > 60 * s.save_minutes)
+                    and time.monotonic() - saved_at > 60 * s.save_minutes
+                    and not run.skipped_in_a_row)  # it may be breaking down
         elapsed, run.s_per_row, save_due, stop_asked = team.agree(
             clock.elapsed(), run.s_per_row, save_due, stop.asked)
         f = progress(elapsed)
@@ -799,6 +805,9 @@ def train(s, saved=None):
     reader.shutdown(cancel_futures=True)
     if not run.step and not stop_asked:
         raise CramError("the budget was over before the first step")
+    if run.step == resumed_at and not stop_asked and step_of_checkpoint(out) == run.step:
+        print(f"the budget holds no further step: {out / 'ckpt.pt'} stays as it is")
+        return
     try:
         save_last()
     except OSError as error:
@@ -810,6 +819,9 @@ def train(s, saved=None):
         return
 
     last = log_line(elapsed, with_validation=True)
+    if not math.isfinite(last["val_loss"]):
+        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, and "
+                        "no ckpt.pt is written. Start again with a smaller --lr")
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
             "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
@@ -889,13 +901,19 @@ def save_whole(path, content):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
+def step_of_checkpoint(out):
+    """The step at which ckpt.pt was written; None where there is none that can be read."""
+    with contextlib.suppress(CramError):
+        return load_whole(out / "ckpt.pt")["result"]["step"]
+
+
 def load_whole(path):
     """A dictionary that save_whole wrote. Code that a stranger put into the file is not run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
@@ -1018,10 +1036,32 @@ class Stop:
             os.write(1, b"\nstopping; once more to leave at once\n")
 
 
+class Screen:
+    """sys.stdout, and nowhere once nobody reads it: a run does not end because its terminal was
+    closed, its disk of logs is full, or a `head` behind its pipe has seen enough."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what could not be written waits in the stream, and would fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def open_log(path, step):
-    """log.jsonl to append to: new, or on a resume without the lines after the step of last.pt."""
-    lines = path.read_text().splitlines() if step and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    """log.jsonl to append to: new, or on a resume without the lines after the step of last.pt, and
+    without what is no line of a log."""
+    kept = []
+    for line in path.read_text().splitlines() if step and path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     part = path.with_suffix(".part")
     part.write_text("".join(line + "\n" for line in kept))
     os.replace(part, path)
@@ -1248,7 +1288,7 @@ def settings_for(given, resume):
         if differs:
             raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
         unit, other = ("steps", "hours") if base["steps"] else ("hours", "steps")
-        if other in given:
+        if other in given or not given.get(unit, True):
             raise CramError(f"{out} was begun with --{unit}: resume it with that kind of budget")
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
         raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
@@ -1293,7 +1333,8 @@ def main():
     elif folder is not None:
         export(ckpt, folder)
     else:
-        train(*settings_for(given, resume))
+        with contextlib.redirect_stdout(Screen(sys.stdout)):
+            train(*settings_for(given, resume))
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing
             dist.destroy_process_group()

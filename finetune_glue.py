@@ -165,13 +165,13 @@ def load_split(name, split, folder, tokenizer, max_length, device):
         label = row["label"] if labelled else 0
         if not isinstance(label, (int, float)) or not (
                 label in range(top + 1) if task.labels else 0 <= label <= top):
-            raise CramError(f"{where} row {number}: label {label} is not from 0 to {top}")
+            raise CramError(f"{where} row {number}: label {label!r} is not from 0 to {top}")
     if not rows:
         raise CramError(f"{where} has no rows")
     if not labelled and "idx" in rows[0]:  # the server counts by it
-        rows.sort(key=lambda row: row.get("idx", -1))
-        if [row.get("idx") for row in rows] != [*range(len(rows))]:
+        if sorted((row.get("idx") for row in rows), key=str) != sorted(range(len(rows)), key=str):
             raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
+        rows.sort(key=lambda row: row["idx"])
 
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
         [row[column] for row in rows], add_special_tokens=False)] for column in task.columns]
@@ -455,7 +455,9 @@ def add_trial(run, name, digests, rows, trial, files):
         "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows, "data": {},
         "trials": [], "test_files": {}})
     entry["data"].update(digests)
-    entry["test_files"].update({file: sha256(text) for file, text in files.items()})
+    if files:
+        entry["test_files"] = {file: sha256(text) for file, text in files.items()}
+        entry["test_seed"] = trial["seed"]
     entry["trials"] = [old for old in entry["trials"] if old["seed"] != trial["seed"]] + [trial]
     for key, of in (("median", np.median), ("lowest", min), ("highest", max)):
         entry[key] = {split: float(of([trial[split] for trial in entry["trials"]]))
@@ -477,16 +479,16 @@ def tsv(predictions):
     return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions))
 
 
-def to_predict(folder, run, names):
-    """The tasks whose test files are not in the folder. One that this run has not written is
-    refused: the server would get a mixture."""
+def to_predict(folder, run, names, seed):
+    """The tasks whose test files are not in the folder, or of a trial with another seed. One that
+    this run has not written is refused: the server would get a mixture."""
     known = [digest for entry in run["tasks"].values() for digest in entry["test_files"].values()]
     for path in folder.glob("*.tsv"):
         if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:
             raise CramError(f"{path} was not predicted by this checkpoint with these settings and "
                             f"data: move {folder} away")
-    return [name for name in names
-            if not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values())]
+    return [name for name in names if run["tasks"].get(name, {}).get("test_seed") != seed
+            or not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values())]
 
 
 def print_table(run):
@@ -545,8 +547,8 @@ def parse_arguments():
     for flag in ("trials", "epochs", "batch_size", "lr"):
         if not getattr(args, flag) > 0:
             raise CramError(f"--{flag.replace('_', '-')} must be positive")
-    if args.seed < 0:
-        raise CramError("--seed must be 0 or more")
+    if not 0 <= args.seed < 2**31:
+        raise CramError("--seed must be from 0 to 2**31 - 1")
     return args
 
 
@@ -573,7 +575,7 @@ def main():
     identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
                 "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
     results, run = open_results(path, identity, digests)
-    unpredicted = to_predict(folder, run, splits) if args.test else ()
+    unpredicted = to_predict(folder, run, splits, args.seed) if args.test else ()
     missing, steps = {}, Counter()  # trials to run; how many steps of each length they take
     for name in splits:
         done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
@@ -625,9 +627,9 @@ def main():
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print_table(run)
-    print(f"written to {path}" + f" and {folder}" * args.test)
     if diverged:
         raise CramError(f"without a score: {', '.join(diverged)}. A smaller --lr may help")
+    print(f"written to {path}" + f" and {folder}" * args.test)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
+DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
 TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
 LONG_PARAGRAPH = 200  # characters: a shorter line may repeat ("Chapter 1"), a longer one is a copy
 SEEN_SLOTS = 2**25  # 8-byte slots of the duplicate table: 268 MB, see `Seen`
@@ -208,11 +209,13 @@ def read_json(stream, path):
 
 def read_txt(stream, path):
     """One document, in pieces that end with a line so that its size is free; each is a document."""
+    ends_inside = False  # a line, and perhaps a letter of several bytes
     while piece := stream.read(PIECE):
         piece += stream.readline(PIECE)
-        inside_a_line = len(piece) >= 2 * PIECE  # and perhaps inside a letter of several bytes
+        begins_inside, ends_inside = ends_inside, len(piece) >= 2 * PIECE
         try:
-            yield piece.decode("utf-8", "ignore" if inside_a_line else "strict"), None
+            yield piece.decode(
+                "utf-8", "ignore" if begins_inside or ends_inside else "strict"), None
         except UnicodeDecodeError as error:
             yield None, f"{path}: not UTF-8 ({error.reason})"
 
@@ -569,7 +572,8 @@ def pack(source, tokenizer_json, work, seq_len, target):
         raise TooLittleText(
             f"no document that can be used, of {counts['documents_read']:,} read: "
             f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else ""))
+            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else "")
+            + DENSITY_HINT * (counts["dropped_density"] > 0))
     return progress
 
 
@@ -691,7 +695,8 @@ def report(meta):
     print(f"tokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows to train on, "
           f"{meta['val_rows']:,} rows to validate on\n"
           f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
-          f"{meta['unigram_entropy']:.3f} nats")
+          f"{meta['unigram_entropy']:.3f} nats"
+          + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
 
 def main():
@@ -724,7 +729,10 @@ def main():
                  "files": [[str(f), f.stat().st_size] for f in source.files]}
     for earlier in (out / "meta.json", work / "arguments.json"):
         if earlier.exists():
-            found = json.loads(earlier.read_text())
+            try:
+                found = json.loads(earlier.read_text())
+            except ValueError:
+                raise SystemExit(f"{earlier} is damaged: delete {out} to start over") from None
             found = found.get("arguments", found)
             differs = [key for key in arguments if found.get(key) != arguments[key]]
             if differs:

@@ -278,6 +278,10 @@ def test_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
     parts = [part for part, _ in prepare.read_file(tmp_path / "t.txt")]
     assert "".join(parts) == text and len(parts) > 10
     assert all(part.endswith("\n") for part in parts[:-1])
+    line = tmp_path / "one line.txt"
+    line.write_text("word’" * 400, encoding="utf-8")  # cut inside a letter, which alone is lost
+    parts = [*prepare.read_file(line)]
+    assert len(parts) == 2 and "".join(part for part, _ in parts).count("word") == 400
     cut = [*prepare.pieces("word " * 500)]
     assert "".join(cut) == "word " * 500 and len(cut) == 3 and max(map(len, cut)) <= 1000
     assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)  # at spaces only
@@ -911,11 +915,23 @@ def test_signals_save_and_leave(data, tmp_path):
     assert read_run(tmp_path / "o")[0]["run"]["step"] > 1
 
 
+def test_a_run_outlives_its_screen(data, tmp_path):
+    """As behind `| head -n 1`, or in a terminal that is closed."""
+    command = [sys.executable, HERE / "cram.py", "--data", data, "--out", tmp_path / "o",
+               "--steps", 40, *(x for k, v in TINY.items() for x in (f"--{k}", v))]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "o/ckpt.pt").exists() and read_run(tmp_path / "o")[1][-1]["step"] == 40
+
+
 def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
     monkeypatch.setattr(cram, "Stop", StopAt(5))
     train(steps=50)
     for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
-                         ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps")):
+                         ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps"),
+                         ({"steps": 0}, "begun with --steps")):
         with pytest.raises(cram.CramError, match=words.replace("(", r"\(").replace(")", r"\)")):
             train(resume=True, **flags)
     other = train.folder / "other"
@@ -923,6 +939,9 @@ def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps({**meta, "train_sha256": "0" * 64}))
     with pytest.raises(cram.CramError, match="other train_sha256"):
+        train(resume=True, data=str(other))
+    os.truncate(other / "meta.json", 50)
+    with pytest.raises(cram.CramError, match="meta.json is damaged"):
         train(resume=True, data=str(other))
 
 
@@ -943,6 +962,27 @@ def test_another_budget_on_resume(train, monkeypatch, capsys):
     assert saved["run"]["step"] == 40 and log[-1]["step"] == 40
     assert [line["step"] for line in log] == sorted(line["step"] for line in log)
     assert "another budget" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_changes_nothing(train, capsys):
+    train(steps=20)
+    before = files_of(train.folder / "out")
+    train(resume=True)
+    assert files_of(train.folder / "out") == before
+    assert "no further step" in capsys.readouterr().out
+    (train.folder / "out/ckpt.pt").write_bytes(b"broken")  # what is missing is made
+    train(resume=True)
+    assert cram.load_whole(train.folder / "out/ckpt.pt")["result"]["step"] == 20
+
+
+def test_a_log_with_foreign_lines_is_gone_on_with(train, monkeypatch):
+    monkeypatch.setattr(cram, "Stop", StopAt(5))
+    train(steps=20)
+    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+    with open(train.folder / "out/log.jsonl", "a") as log:
+        log.write("{garbage}\n[]\n{}\n")
+    _, lines = train(resume=True)
+    assert lines[-1]["step"] == 20
 
 
 def test_a_step_that_is_not_finite_is_skipped(train, monkeypatch):
@@ -969,6 +1009,18 @@ def test_a_run_that_broke_down_stops_and_keeps_its_last_checkpoint(train, monkey
     with pytest.raises(cram.CramError, match="not finite in 30 steps"):
         train(resume=True)
     assert same(read_run(train.folder / "out")[0], before)
+
+    # However often it is saved: never between steps that fail
+    monkeypatch.setattr(cram, "SAVE_SHARE", 1.0)
+    with pytest.raises(cram.CramError, match="not finite in 30 steps"):
+        train(resume=True, save_minutes=1e-9)
+    assert read_run(train.folder / "out")[0]["run"]["skipped"] == 0
+
+
+def test_a_run_that_broke_down_at_its_end_is_no_model(train):
+    with pytest.raises(cram.CramError, match="validation loss is nan"):
+        train(steps=5, lr=1e30)
+    assert not (train.folder / "out/ckpt.pt").exists()
 
 
 def test_out_of_memory_halves_the_microbatch_and_nothing_else(train, monkeypatch, capsys):
@@ -1450,6 +1502,10 @@ def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
     assert (folder / "RTE.tsv").read_text() == rte
     [run] = runs_of(tmp_path)
     assert [len(entry["trials"]) for entry in run["tasks"].values()] == [2] * 8
+    stsb = (folder / "STS-B.tsv").read_text()  # with another first trial they are another's
+    assert "stsb seed 1" in glue("--task", "stsb", *flags, "--seed", 1)
+    assert (folder / "STS-B.tsv").read_text() != stsb
+    assert "stsb seed" not in glue("--task", "stsb", *flags, "--seed", 1)
 
     with pytest.raises(cram.CramError, match="move .* away"):  # other settings: not into this one
         glue("--task", "rte", "--trials", 1, "--epochs", 2, "--test")
@@ -1677,6 +1733,7 @@ def test_blocks_share_one_compiled_code_for_each_length():
     ("cola", {"label": 2}, (), "label 2 is not from 0 to 1"),
     ("cola", {"label": -1}, (), "label -1 is not from 0 to 1"),
     ("stsb", {"label": 5.5}, (), "label 5.5 is not from 0 to 5"),
+    ("cola", {"label": "1"}, (), "label '1' is not from 0 to 1"),
     ("cola", {"label": None}, (), "label None"),
     ("cola", {"sentence": 3}, (), "not a string"),
     ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
