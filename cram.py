@@ -81,9 +81,9 @@ class Settings:
     lr_start: float = 0.25  # rate to start with, as a share of --lr
     warmup: float = 0.75  # share of the budget until the peak
     decay: float = 0.25  # last share of the budget, in which the rate falls to zero
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.98  # AdamW
-    eps: float = 1e-12  # AdamW
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.98  # AdamW: decay of the mean of their squares
+    eps: float = 1e-12  # AdamW: added to the root of that
     weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on norms
     clip: float = 0.5  # largest norm of the gradient
 
@@ -107,17 +107,17 @@ RECIPES = {  # what a recipe sets where the command line does not
     "modern": {  # README.md has what was measured; chosen at two to ten minutes, not for a day
         "model": "modernbert", "optimizer": "muon", "order": "random",
         "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
-        "weight_decay": 0.5,  # at 0.05 the loss of ten minutes is the same, and GLUE is lost
+        "weight_decay": 0.5,  # with 0.05 the loss is the same, but ten minutes fine-tune badly
         "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
     },
 }
 
 MILESTONES = {  # said at the start of a run that changes nothing of its recipe
-    "crammed": "validation loss in ten minutes on an H200: 6.7 at 20 %, 6.4 at 50 %, 5 to 6 at "
-               "80 %, 4.1 to 4.7 at the end\n"
+    "crammed": "validation loss in ten minutes on an H200, on the text of README.md: 6.7 at 20 %, "
+               "6.4 at 50 %,\n5 to 6 at 80 %, 4.1 to 4.7 at the end\n"
                "the paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
-    "modern": "validation loss in ten minutes on an H200: 4.7 at 5 %, 3.8 at 10 %, 3.4 at 20 %, "
-              "3.0 at 50 %, 2.5 at the end",
+    "modern": "validation loss in ten minutes on an H200, on the text of README.md: 4.7 at 5 %, "
+              "3.8 at 10 %,\n3.4 at 20 %, 3.0 at 50 %, 2.5 at the end",
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
@@ -152,7 +152,7 @@ class CrammedBERT(nn.Module):
             self.position_scale = nn.Parameter(torch.empty(()))
             self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
         self.embed_norm = norm()
-        self.dropout = nn.Dropout(dropout)  # 0 in pretraining: no row is seen often enough
+        self.dropout = nn.Dropout(dropout)  # 0 in pretraining, as in the paper
         self.blocks = nn.ModuleList(Block(s, norm, dropout) for _ in range(s.layers))
         if modernbert:
             self.blocks[0].norm1 = nn.Identity()
@@ -311,7 +311,7 @@ def flops_per_token(model, s, seq_len):
 
 
 def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
-    """Choose tokens to guess, in each row as many, which keeps shapes static: with the paper's
+    """Choose tokens to guess, as many in every row, which keeps shapes static: with the paper's
     settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (80/10/10 of BERT).
     All rows of a step are drawn at once, so that the masks do not depend on how the step is cut
     into microbatches. (Validation has masks of its own, see validation_set.)
@@ -363,7 +363,8 @@ def batch_at(f, s):
 
 def build_optimizers(model, s, team):
     """AdamW for everything; with --optimizer muon, Muon for the matrices of blocks and head (Q, K
-    and V one by one), AdamW for the rest: norms, and the embedding, which is also the decoder."""
+    and V one by one), AdamW for the rest: norms, and the embedding, which is also the decoder.
+    The team is of the processes of a run (section 6), among whom Muon shares its work."""
     matrices = []
     if s.optimizer == "muon":
         matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
@@ -654,12 +655,13 @@ def train(s, saved=None):
             # Not in the except clause: there the traceback still holds the tensors of the step
             if not any(team.agree(full)):
                 return total
-            microbatch = min(microbatch, -(-len(rows) // team.size)) // 2
+            tried = min(microbatch, -(-len(rows) // team.size))  # a step may be smaller
+            microbatch = tried // 2
             if not microbatch:
                 raise CramError("a single row at a time does not fit into the card's memory")
             print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
             model.zero_grad()
-            torch.compiler.reset()  # with both sizes known it would write slower code, for any size
+            torch.compiler.reset()  # knowing both sizes it would write slower code, for any size
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -764,6 +766,7 @@ def train(s, saved=None):
             set_stride(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
             fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
 
+        # The step
         began = clock.training_s()
         rows = fetched.result()[:batch]  # the rest will be read again
         fetched = reader.submit(read, run.rows + batch)
@@ -1037,8 +1040,8 @@ class Stop:
 
 
 class Screen:
-    """sys.stdout, and nowhere once nobody reads it: a run does not end because its terminal was
-    closed, its disk of logs is full, or a `head` behind its pipe has seen enough."""
+    """sys.stdout, and nowhere once it cannot be written: a run under nohup whose disk is full, one
+    with `| head` behind it, or one that saves because its terminal was closed, goes on."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -1738,7 +1738,7 @@ def test_blocks_share_one_compiled_code_for_each_length():
     ("cola", {"sentence": 3}, (), "not a string"),
     ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
     ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
-    ("cola", {}, ("--seed", -1), "--seed must be 0 or more"),
+    ("cola", {}, ("--seed", -1), "--seed must be from 0"),
     ("nli", {}, (), "invalid choice"),
     ("mrpc", {}, (), "no train.jsonl"),
 ])
