@@ -364,7 +364,7 @@ def batch_at(f, s):
 def build_optimizers(model, s, team):
     """AdamW for everything; with --optimizer muon, Muon for the matrices of blocks and head (Q, K
     and V one by one), AdamW for the rest: norms, and the embedding, which is also the decoder.
-    The team is of the processes of a run (section 6), among whom Muon shares its work."""
+    Muon's work is shared among the team, the processes of the run (section 6)."""
     matrices = []
     if s.optimizer == "muon":
         matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
@@ -906,7 +906,7 @@ def save_whole(path, content):
 
 def step_of_checkpoint(out):
     """The step at which ckpt.pt was written; None where there is none that can be read."""
-    with contextlib.suppress(CramError):
+    with contextlib.suppress(CramError, KeyError):
         return load_whole(out / "ckpt.pt")["result"]["step"]
 
 

@@ -169,9 +169,9 @@ def load_split(name, split, folder, tokenizer, max_length, device):
     if not rows:
         raise CramError(f"{where} has no rows")
     if not labelled and "idx" in rows[0]:  # the server counts by it
-        if sorted((row.get("idx") for row in rows), key=str) != sorted(range(len(rows)), key=str):
+        if {str(row.get("idx")) for row in rows} != {*map(str, range(len(rows)))}:
             raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
-        rows.sort(key=lambda row: row["idx"])
+        rows.sort(key=lambda row: int(row["idx"]))
 
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
         [row[column] for row in rows], add_special_tokens=False)] for column in task.columns]
