@@ -1291,7 +1291,7 @@ def settings_for(given, resume):
         if differs:
             raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
         unit, other = ("steps", "hours") if base["steps"] else ("hours", "steps")
-        if other in given or not given.get(unit, True):
+        if other in given or given.get("steps") == 0:  # which would mean --hours
             raise CramError(f"{out} was begun with --{unit}: resume it with that kind of budget")
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
         raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")

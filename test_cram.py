@@ -222,8 +222,9 @@ def test_counts_of_what_is_dropped(tmp_path):
              {"text": "x\ud800y"}]
     lines = [json.dumps(row) for row in rows] + ["{not json", "[" * 100_000]
     (tmp_path / "t.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
-    script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d",
-           "--vocab-size", 700, "--seq-len", 32)
+    printed = script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d",
+                     "--vocab-size", 700, "--seq-len", 32)
+    assert "With a small --vocab-size" in printed  # a tenth was too dense
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     assert meta["documents_read"] == len(rows) + 3
     assert meta["invalid"] == 7  # null, number, no column, list, not JSON, too deep, not UTF-8
