@@ -139,7 +139,7 @@ class CrammedBERT(nn.Module):
     the entrance of the first block (the embedding's has just done it), a head before the decoder.
     """
 
-    def __init__(self, s, vocab_size, seq_len, dropout=0.0):
+    def __init__(self, s, vocab_size, seq_len):
         super().__init__()
         self.modernbert = modernbert = s.model == "modernbert"
         norm = functools.partial(
@@ -152,8 +152,8 @@ class CrammedBERT(nn.Module):
             self.position_scale = nn.Parameter(torch.empty(()))
             self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
         self.embed_norm = norm()
-        self.dropout = nn.Dropout(dropout)  # 0 in pretraining, as in the paper
-        self.blocks = nn.ModuleList(Block(s, norm, dropout) for _ in range(s.layers))
+        self.dropout = nn.Dropout(0.0)  # off in pretraining; finetune_glue.py turns all on
+        self.blocks = nn.ModuleList(Block(s, norm) for _ in range(s.layers))
         if modernbert:
             self.blocks[0].norm1 = nn.Identity()
         self.final_norm = norm()
@@ -215,13 +215,13 @@ class CrammedBERT(nn.Module):
 class Block(nn.Module):
     """Pre-norm: the sum x runs through all blocks without a norm in its way."""
 
-    def __init__(self, s, norm, dropout):
+    def __init__(self, s, norm):
         super().__init__()
         self.norm1 = norm()
-        self.attention = Attention(s.width, s.heads, dropout)
+        self.attention = Attention(s.width, s.heads)
         self.norm2 = norm()
         self.ffn = GatedFFN(s.width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, keep, cos_sin, positions=None):
         y = self.attention(self.norm1(x), keep, cos_sin)
@@ -235,10 +235,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Every token looks at every token of its row, also across documents (as in the paper)."""
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = nn.Dropout(0.0)  # only its p: the attention kernel drops
         self.q, self.k, self.v, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(4))
 
@@ -249,7 +249,7 @@ class Attention(nn.Module):
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         x = F.scaled_dot_product_attention(  # each (B, heads, T, D), D = C / heads
-            q, k, v, attn_mask=keep, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=keep, dropout_p=self.dropout.p if self.training else 0.0
         )
         return self.out(x.transpose(1, 2).reshape(B, T, C))
 
@@ -1134,7 +1134,7 @@ def can_compile(device):
 # --------------------------------------------------------------------------- 7. The finished model
 
 
-def load_checkpoint(path, device="cpu", dropout=0.0):
+def load_checkpoint(path, device="cpu"):
     """The finished model, in evaluation mode, and its tokenizer.
 
         model, tokenizer = load_checkpoint("out/ckpt.pt", device="cuda")
@@ -1145,7 +1145,7 @@ def load_checkpoint(path, device="cpu", dropout=0.0):
     if "tokenizer" not in content:
         raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
     s = Settings(**content["settings"])
-    model = CrammedBERT(s, content["vocab_size"], content["seq_len"], dropout)
+    model = CrammedBERT(s, content["vocab_size"], content["seq_len"])
     model.load_state_dict(content["model"])
     return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 

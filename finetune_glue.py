@@ -8,7 +8,7 @@
 
 The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
 tasks, five epochs, the score after the last one, the median of five trials. No task trains
-on another task's data.
+on another task's data. Only the dropout depends on the checkpoint's model, see --dropout.
 
 A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
 them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed;
@@ -80,7 +80,6 @@ PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server 
 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of the pairs of RTE, 0.3 of MNLI
 BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
-DROPOUT = 0.1
 BAR_S = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the progress bar
 
 
@@ -221,12 +220,15 @@ def batch_of(split, chosen, T):
 class Classifier(nn.Module):
     """The first token's hidden state, through one tanh layer (config crammed-bert, both biased)."""
 
-    def __init__(self, bert, classes):
+    def __init__(self, bert, classes, dropout):
         super().__init__()
         self.bert = bert
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = nn.Dropout()
         self.out = nn.Linear(1024, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
 
     def init_head(self):
         for linear in (self.pool, self.out):
@@ -292,7 +294,8 @@ class Tuning:
         self.pretrained, self.task, self.train, self.args = bert, task, train, args
         self.device = device = train.ids.device
         self.fp16, self.records = dtype == torch.float16, records_graphs(device, dtype)
-        self.model = Classifier(copy.deepcopy(bert), len(task.labels) or 1).to(device)
+        self.model = Classifier(
+            copy.deepcopy(bert), len(task.labels) or 1, args.dropout).to(device)
         self.autocast = functools.partial(
             torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32,
             cache_enabled=False)  # a cached cast would be in one graph and missing in the next
@@ -535,6 +538,8 @@ def parse_arguments():
                         help="examples per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=4e-5,
                         help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, help="share of values set to zero while training "
+                        "(default: the paper's 0.1; with --model modernbert 0, as in transformers)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the first trial; the next has + 1 (default: %(default)s)")
     parser.add_argument("--scratch", action="store_true",
@@ -547,6 +552,8 @@ def parse_arguments():
     for flag in ("trials", "epochs", "batch_size", "lr"):
         if not getattr(args, flag) > 0:
             raise CramError(f"--{flag.replace('_', '-')} must be positive")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise CramError("--dropout must be from 0 to below 1")
     if not 0 <= args.seed < 2**31:
         raise CramError("--seed must be from 0 to 2**31 - 1")
     return args
@@ -555,7 +562,9 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
-    bert, tokenizer = load_checkpoint(args.ckpt, device, dropout=DROPOUT)
+    bert, tokenizer = load_checkpoint(args.ckpt, device)
+    if args.dropout is None:
+        args.dropout = 0.0 if bert.modernbert else 0.1
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     max_length = min(MAX_LENGTH, bert.seq_len)
 
@@ -571,9 +580,10 @@ def main():
             raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
 
     path, folder = Path(args.ckpt).with_name("glue.json"), Path(args.ckpt).with_name("glue_test")
-    settings = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "scratch")}
+    settings = {key: getattr(args, key)
+                for key in ("epochs", "batch_size", "lr", "dropout", "scratch")}
     identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
-                "settings": {**settings, "max_length": max_length, "dropout": DROPOUT}}
+                "settings": {**settings, "max_length": max_length}}
     results, run = open_results(path, identity, digests)
     unpredicted = to_predict(folder, run, splits, args.seed) if args.test else ()
     missing, steps = {}, Counter()  # trials to run; how many steps of each length they take

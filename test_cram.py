@@ -401,10 +401,10 @@ def test_prepare_starts_over_only_when_told(tmp_path, data):
 # ------------------------------------------------------------------------------ the model
 
 
-def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, dropout=0.0):
+def model_of(kind="crammed", vocab=50, seq_len=16, layers=2):
     torch.manual_seed(1)
     s = cram.Settings(model=kind, layers=layers, width=32, heads=4)
-    model = cram.CrammedBERT(s, vocab, seq_len, dropout)
+    model = cram.CrammedBERT(s, vocab, seq_len)
     for p in model.parameters():  # norms and scale away from 1 and 0, which would hide mistakes
         p.data = p.data + 0.1 * torch.randn_like(p)
     return model.double()
@@ -510,12 +510,24 @@ def test_padding_changes_nothing(kind):
     torch.testing.assert_close(model.encode(padded, keep)[:, :9], model.encode(ids))
 
 
-def test_dropout_only_where_asked():
+@BOTH
+def test_dropout_only_in_fine_tuning(kind):
+    """After the embedding, in attention, after attention and FFN, before the last layer."""
     ids = torch.randint(50, (2, 16))
-    plain, dropping = model_of().train(), model_of(dropout=0.5).train()
+    plain = model_of(kind).train()
     assert torch.equal(plain.encode(ids), plain.encode(ids))
-    assert not torch.equal(dropping.encode(ids), dropping.encode(ids))
-    torch.testing.assert_close(dropping.eval().encode(ids), plain.encode(ids))
+    tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
+    places, calls = [m for m in tuned.modules() if isinstance(m, torch.nn.Dropout)], []
+    assert [place.p for place in places] == [0.3] * (1 + 2 * 2 + 1)  # two blocks
+    for place in places:
+        place.register_forward_hook(lambda *_: calls.append(1))
+    tuned(ids, None)
+    assert len(calls) == 1 + 2 * 2 + 1  # a block's is called twice, attention's by its kernel
+    for place in places:
+        for other in places:
+            other.p = 0.3 * (other is place)
+        assert not torch.equal(tuned(ids, None), tuned(ids, None))
+    torch.testing.assert_close(tuned.eval().bert.encode(ids), plain.encode(ids))
 
 
 @BOTH
@@ -539,8 +551,7 @@ def test_defaults_are_the_papers():
     assert (s.hours, s.layers, s.width, s.heads) == (24, 16, 768, 12)
     assert (s.lr, s.beta1, s.beta2, s.eps) == (1e-3, 0.9, 0.98, 1e-12)
     assert (s.weight_decay, s.clip, s.batch, s.mask_rate) == (0.01, 0.5, 8192, 0.25)
-    g = vars(finetune_glue)
-    assert (g["MAX_LENGTH"], g["DROPOUT"], len(g["TASKS"])) == (128, 0.1, 8)
+    assert (finetune_glue.MAX_LENGTH, len(finetune_glue.TASKS)) == (128, 8)
 
 
 @pytest.mark.parametrize("f, share", [(0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0),
@@ -1536,13 +1547,23 @@ def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, mon
         "0.000", "0.000", "2.346", "5.000", "5.000"]
 
 
+def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
+    write_glue(tmp_path / "glue", "rte", train=16)
+    train("modern", recipe="modern", steps=2)
+    flags = ["--task", "rte", "--trials", 1, "--epochs", 1]
+    for folder, dropout, more in (("out", 0.1, []), ("modern", 0, []),
+                                  ("modern", 0.3, ["--dropout", 0.3])):
+        glue(*flags, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
+        [*_, run] = json.loads((tmp_path / folder / "glue.json").read_text())["runs"]
+        assert run["settings"]["dropout"] == dropout
+
+
 def test_trials_in_groups_are_the_trials_one_by_one(glue, tmp_path, monkeypatch):
     write_glue(tmp_path / "glue", "stsb", train=32)
-    monkeypatch.setattr(finetune_glue, "DROPOUT", 0.0)
     trials = []
     for at_once in (1, 2):
         monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *a: at_once)
-        glue("--task", "stsb", "--trials", 3, "--epochs", 2, "--lr", 1e-3)
+        glue("--task", "stsb", "--trials", 3, "--epochs", 2, "--lr", 1e-3, "--dropout", 0)
         trials.append(runs_of(tmp_path)[0]["tasks"]["stsb"]["trials"])
         (tmp_path / "out/glue.json").unlink()
     assert trials[0] == trials[1] and len({trial["validation"] for trial in trials[0]}) == 3
@@ -1589,11 +1610,10 @@ def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
     padded = np.array([-(-n // 32) * 32 for n in lengths])
     ids = torch.cat([ids, ids.new_zeros(len(ids), padded.max() - ids.shape[1])], dim=1)
     split = finetune_glue.Split(ids, labels, padded, "")
-    bert = model_of(seq_len=128, dropout=dropout).float()
+    bert = model_of(seq_len=128).float()
     args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
-                                 "epochs": epochs, "test": False, **others})
+                                 "epochs": epochs, "dropout": dropout, "test": False, **others})
     tuning = finetune_glue.Tuning(bert, finetune_glue.TASKS[task], split, torch.float32, args)
-    tuning.model.dropout.p = dropout
     return tuning, split
 
 
@@ -1717,7 +1737,7 @@ def test_blocks_share_one_compiled_code_for_each_length():
     """Sixteen blocks would otherwise take sixteen times as long to compile."""
     from torch._dynamo.utils import counters
 
-    model = model_of(seq_len=96, layers=3, dropout=0.1).float().train()
+    model = finetune_glue.Classifier(model_of(seq_len=96, layers=3), 2, 0.1).bert.float().train()
     torch.compiler.reset()
     counters.clear()
     for block in model.blocks:
@@ -1740,6 +1760,7 @@ def test_blocks_share_one_compiled_code_for_each_length():
     ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
     ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
     ("cola", {}, ("--seed", -1), "--seed must be from 0"),
+    ("cola", {}, ("--dropout", 1), "--dropout must be from 0 to below 1"),
     ("nli", {}, (), "invalid choice"),
     ("mrpc", {}, (), "no train.jsonl"),
 ])
