@@ -14,6 +14,9 @@ A step on 16 short rows is a thousand small kernels, and starting them takes lon
 them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed;
 and as one such step does not fill the card, the trials of a task run side by side.
 
+Trials that glue.json has are not run again. It knows checkpoint, flags and data, not this code:
+after a change here move it away.
+
 Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
 """
 
@@ -51,14 +54,16 @@ ENTAILMENT = ("entailment", "not_entailment")
 @dataclass
 class Task:
     columns: tuple  # of the text: one sentence, or a pair
-    labels: tuple  # as the GLUE server writes them; none: regression on 0 ... 5
+    labels: tuple  # the server's words for labels 0, 1, ...; none: regression on 0 ... 5
     metric: str
     train_rows: int  # of the official training set; another number is marked as a subset
     test: dict  # split -> the server's name of its file
     validation: dict  # split -> published scores: not pretrained, crammed v2, BERT-base
 
 
-TASKS = {  # the order, the metrics and the weights of the paper's tables; no WNLI
+# Order and metrics of the paper's tables, without WNLI; each validation split is one number of the
+# average. A task of your own is one more entry, with no test files and () as published scores.
+TASKS = {
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
                  392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
                  {"validation_matched": (34.1, 84.1, 83.2),
@@ -76,6 +81,7 @@ TASKS = {  # the order, the metrics and the weights of the paper's tables; no WN
     "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
                  {"validation": (0.0, 53.3, 56.5)}),
 }
+PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]  # its average
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of the pairs of RTE, 0.3 of MNLI
@@ -109,7 +115,7 @@ def pearson(predicted, labels):
     predicted, labels = predicted.astype(float), labels.astype(float)
     x, y = predicted - np.mean(predicted), labels - np.mean(labels)
     scale = np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())
-    tiny = 1e-12 * (1 + np.abs(predicted).max() * np.abs(labels).max())  # rounding of a constant
+    tiny = 1e-12 * (1 + np.abs(predicted).max() * np.abs(labels).max())  # less is rounding
     return float((x * y).sum() / scale) if scale > tiny else 0.0
 
 
@@ -123,7 +129,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 class Split:
     ids: torch.Tensor  # (N, L) int32, filled up with PAD
     labels: torch.Tensor  # (N,)
-    padded: np.ndarray  # (N,) tokens of each example, rounded up to a multiple of BUCKET
+    lengths: np.ndarray  # (N,) tokens of each example, rounded up to a multiple of BUCKET
     sha256: str  # of the texts and labels as they were read
 
 
@@ -154,7 +160,8 @@ def read_split(name, split, folder):
 def load_split(name, split, folder, tokenizer, max_length, device):
     """A split as the model reads it. A test split has no labels, whatever its rows say."""
     task, rows, where = TASKS[name], read_split(name, split, folder), f"{name} {split}"
-    labelled, top = split not in task.test, len(task.labels) - 1 if task.labels else 5
+    labelled = split not in task.test
+    top = len(task.labels) - 1 if task.labels else 5  # the largest label
     needed = (*task.columns, "label") if labelled else task.columns
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not set(needed) <= set(row):
@@ -175,14 +182,14 @@ def load_split(name, split, folder, tokenizer, max_length, device):
     texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
         [row[column] for row in rows], add_special_tokens=False)] for column in task.columns]
     examples = [join(parts, max_length) for parts in zip(*texts)]
-    padded = np.array([min(-(-len(ids) // BUCKET) * BUCKET, max_length) for ids in examples])
-    ids = np.full((len(rows), padded.max()), PAD, np.int32)
+    lengths = np.array([min(-(-len(ids) // BUCKET) * BUCKET, max_length) for ids in examples])
+    ids = np.full((len(rows), lengths.max()), PAD, np.int32)
     for row, example in zip(ids, examples):
         row[: len(example)] = example
     labels = torch.tensor([row["label"] if labelled else 0 for row in rows],
                           dtype=torch.int64 if task.labels else torch.float32)
     content = json.dumps([[row[column] for column in needed] for row in rows])
-    return Split(torch.from_numpy(ids).to(device), labels.to(device), padded, sha256(content))
+    return Split(torch.from_numpy(ids).to(device), labels.to(device), lengths, sha256(content))
 
 
 def sha256(content):
@@ -202,10 +209,10 @@ def plan(split, seed, epochs, B):
 
     Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
     """
-    shuffle, N = np.random.default_rng(seed), len(split.padded)
+    shuffle, N = np.random.default_rng(seed), len(split.lengths)
     rows = np.concatenate([shuffle.permutation(N)[: N // B * B] for _ in range(epochs)])
     rows = rows.reshape(-1, B)
-    return rows, split.padded[rows].max(1)
+    return rows, split.lengths[rows].max(1)
 
 
 def batch_of(split, chosen, T):
@@ -218,19 +225,25 @@ def batch_of(split, chosen, T):
 
 
 class Classifier(nn.Module):
-    """The first token's hidden state, through one tanh layer (config crammed-bert, both biased)."""
+    """What the final norm gives for the first token, through one tanh layer; both layers have
+    biases (config crammed-bert). The head of modernbert is for <mask>, and not used.
+
+    On a card forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
+    """
 
     def __init__(self, bert, classes, dropout):
         super().__init__()
         self.bert = bert
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
-        self.dropout = nn.Dropout()
+        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(1024, classes)
-        for module in self.modules():
+        for module in bert.modules():  # in pretraining it was 0
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
     def init_head(self):
+        """Each trial begins with this, in the tensors of the last: new values for every parameter
+        outside bert."""
         for linear in (self.pool, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -244,7 +257,7 @@ class Classifier(nn.Module):
 def lr_at(step, steps, peak):
     """Up over the first 10 % of the task's own steps, then a cosine to zero.
 
-    The original code kept the first task's warm-up for all later ones, a bug that ours has not.
+    The original code kept the first task's warm-up for all later ones, a bug.
     """
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
@@ -258,21 +271,20 @@ COMPILE_STEPS = 2_000  # it takes 3 to 6 s for each length and saves 1 to 3 ms a
 
 
 def lengths_to_compile(steps, device, dtype):
-    """Lengths for which it pays; steps: {length: steps of all trials that the command runs}."""
+    """Lengths worth compiling for; steps: {length: steps of all trials that the command runs}."""
     can = records_graphs(device, dtype) and can_compile(device)
     return {T for T, n in steps.items() if can and n >= COMPILE_STEPS}
 
 
 def records_graphs(device, dtype):
-    """CUDA graphs where no step is ever skipped, as fp16's loss scale demands."""
+    """Whether steps are CUDA graphs. Not with fp16, whose loss scaler must be free to skip one."""
     return device.type == "cuda" and dtype != torch.float16
 
 
 def trials_at_once(model, device, dtype, B):
-    """As many as the card's memory holds; one where steps are not recorded. A trial is taken to
-    need 40 bytes a parameter, 16 of them for weight, gradient and two moments, the rest for what 16
-    rows leave behind; measured were 31. On an H200 eight are 3 % faster than five; more are not
-    taken."""
+    """As many as the card's memory holds, eight at most (on an H200 they are 3 % faster than five);
+    one where steps are not recorded. A trial is taken to need 40 bytes a parameter: 16 for weight,
+    gradient and two moments, 24 for the activations of 16 rows. Measured were 31 in all."""
     if not records_graphs(device, dtype):
         return 1
     free, _ = torch.cuda.mem_get_info(device)
@@ -291,7 +303,7 @@ class Tuning:
     """
 
     def __init__(self, bert, task, train, dtype, args, compiled=()):
-        self.pretrained, self.task, self.train, self.args = bert, task, train, args
+        self.pretrained, self.task, self.data, self.args = bert, task, train, args
         self.device = device = train.ids.device
         self.fp16, self.records = dtype == torch.float16, records_graphs(device, dtype)
         self.model = Classifier(
@@ -308,17 +320,18 @@ class Tuning:
         if self.records:
             self.stream = torch.cuda.Stream(device)
             self.generator = torch.cuda.default_generators[device.index].clone_state()
-        self.compiled = compiled  # lengths for which the blocks are
+        self.compiled = compiled  # the lengths that run compiled blocks
         if compiled:
             # Blocks are alike and share one code for each length; with modernbert two, as the first
-            # has no norm. Only record() runs it: evaluation would compile for shapes of its own
+            # has no norm. From here on the whole process runs without it, except in record():
+            # evaluation would compile for shapes of its own
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
 
     def start(self, seed):
-        """As before the first step: pretrained or random weights, a new head, no momentum."""
-        rows, lengths = plan(self.train, seed, self.args.epochs, self.args.batch_size)
+        """A new trial: pretrained or random weights, a new head, no momentum."""
+        rows, lengths = plan(self.data, seed, self.args.epochs, self.args.batch_size)
         self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
         self.lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))],
                                 device=self.device)
@@ -328,6 +341,7 @@ class Tuning:
             for T in sorted(set(self.lengths) - set(self.graphs)):
                 self.record(T)
 
+        # Only now, as recording takes steps
         torch.manual_seed(seed)
         self.model.bert.load_state_dict(self.pretrained.state_dict())
         if self.args.scratch:
@@ -342,7 +356,7 @@ class Tuning:
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
-        ids, keep, labels = batch_of(self.train, self.chosen, T)
+        ids, keep, labels = batch_of(self.data, self.chosen, T)
         with self.autocast():
             logits = self.model(ids, keep).float()
             loss = (F.cross_entropy(logits, labels) if self.task.labels
@@ -358,26 +372,26 @@ class Tuning:
         Three steps go before, because what is done once must not be in the graph: compilation,
         the optimizer's first state, cuBLAS's choice of kernels.
         """
-        graph, default = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
-        usual = default.graphsafe_get_state()
+        graph, drawn = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
+        usual = drawn.graphsafe_get_state()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.compiler.set_stance("default" if T in self.compiled else "force_eager"):
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
                 for _ in range(3):
                     self.step(T)
-            default.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
+            drawn.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
             # torch.cuda.graph first waits for the card. One piece of memory serves all lengths, as
             # nothing in it has to last until the next replay
             with torch.cuda.graph(graph, pool=self.graph_memory, stream=self.stream):
                 self.step(T)
-            default.graphsafe_set_state(usual)
+            drawn.graphsafe_set_state(usual)
         self.graphs[T], self.graph_memory = graph, graph.pool()
 
     def advance(self, k):
         """Step k of the trial; returns the tokens it took. It may run on after the return."""
         T = self.lengths[k]
-        with torch.cuda.stream(self.stream):  # None on a CPU: no stream
+        with torch.cuda.stream(self.stream):  # None, where none are recorded: the usual one
             self.chosen.copy_(self.rows[k])
             self.lr.copy_(self.lrs[k])
             if self.records:
@@ -388,11 +402,11 @@ class Tuning:
 
     @torch.inference_mode()
     def predict(self, split):
-        """Logits (N, classes) of a split. Like lengths go together, so that little is padded."""
+        """Logits (N, classes) of a split, computed in order of length: little is padded."""
         self.model.eval()
-        order, outputs = torch.from_numpy(np.argsort(split.padded, kind="stable")), []
+        order, outputs = torch.from_numpy(np.argsort(split.lengths, kind="stable")), []
         for chosen in order.split(256):
-            ids, keep, _ = batch_of(split, chosen.to(self.device), split.padded[chosen].max())
+            ids, keep, _ = batch_of(split, chosen.to(self.device), split.lengths[chosen].max())
             with self.autocast():
                 outputs.append(self.model(ids, keep).float())
         return torch.cat(outputs).cpu()[order.argsort()].numpy()
@@ -402,7 +416,7 @@ def fit(tunings, seeds, report):
     """A trial with each seed, side by side; report(tokens) after each step."""
     for tuning, seed in zip(tunings, seeds, strict=True):
         tuning.start(seed)
-    for k in range(len(tunings[0].lengths)):  # as many steps in all: it is the same data
+    for k in range(len(tunings[0].lengths)):  # the same number for all
         for tuning in tunings:
             report(tuning.advance(k))
     if tunings[0].records:
@@ -433,7 +447,8 @@ def scores_of(tuning, splits, with_test):
 def open_results(path, identity, digests):
     """All of glue.json, and in it the run to go on with, perhaps new.
 
-    A run belongs to one checkpoint, one set of settings, and one content of each task's data.
+    A run belongs to one checkpoint, one set of settings, and one content of each task's data (not
+    to one version of this code).
     Numbers that differ in any of them stay in the file, and apart.
     """
     try:
@@ -442,7 +457,7 @@ def open_results(path, identity, digests):
             digests[name].get(split, digest) == digest
             for name, entry in run["tasks"].items() if name in digests
             for split, digest in entry["data"].items())]
-        if ours:  # several, where the data of another task differs: the one that has most of these
+        if ours:  # several that differ in tasks not asked for now: the one that has most of ours
             return results, max(ours, key=lambda run: len(run["tasks"].keys() & digests.keys()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CramError(f"{path} is not a results file of this script; move it away") from None
@@ -465,15 +480,15 @@ def add_trial(run, name, digests, rows, trial, files):
     for key, of in (("median", np.median), ("lowest", min), ("highest", max)):
         entry[key] = {split: float(of([trial[split] for trial in entry["trials"]]))
                       for split in task.validation}
-    if set(run["tasks"]) == set(TASKS):  # MNLI counts twice
-        run["average"] = np.mean([
-            x for entry in run["tasks"].values() for x in entry["median"].values()])
+    if set(PAPERS) <= set(run["tasks"]):
+        run["average"] = np.mean([  # MNLI counts twice
+            x for name in PAPERS for x in run["tasks"][name]["median"].values()])
 
 
 def write_whole(path, text):
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(text.encode())  # no other line ends on Windows: its hash is kept
+    part.write_bytes(text.encode())  # bytes: Windows would change the line ends, and the hash
     os.replace(part, path)
 
 
@@ -490,8 +505,9 @@ def to_predict(folder, run, names, seed):
         if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:
             raise CramError(f"{path} was not predicted by this checkpoint with these settings and "
                             f"data: move {folder} away")
-    return [name for name in names if run["tasks"].get(name, {}).get("test_seed") != seed
-            or not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values())]
+    return [name for name in names if TASKS[name].test and (
+        run["tasks"].get(name, {}).get("test_seed") != seed
+        or not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values()))]
 
 
 def print_table(run):
@@ -508,7 +524,7 @@ def print_table(run):
                   + "  subset" * entry["subset"])
     subsets = {name: entry for name, entry in run["tasks"].items() if entry["subset"]}
     if run["average"] is not None:
-        nine = zip(*(scores for task in TASKS.values() for scores in task.validation.values()))
+        nine = zip(*(scores for name in PAPERS for scores in TASKS[name].validation.values()))
         print(f"{'average of nine':25} {run['average']:6.1f}{'':23}"
               + "".join(f"{np.mean(scores):11.1f}" for scores in nine) + "  subset" * bool(subsets))
     for name, entry in subsets.items():
@@ -591,6 +607,8 @@ def main():
         done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
         missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
                          if seed not in done or (seed == args.seed and name in unpredicted)]
+        if not missing[name]:
+            print(f"{name}: {path} has all these trials, none is run")
         for seed in missing[name]:
             steps.update(plan(
                 splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
@@ -632,8 +650,9 @@ def main():
                           + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
             print(f"{name}: {len(missing[name])} of the trials, {time.monotonic() - began:.1f} s",
                   flush=True)
-            del tunings, tuning  # before the next task's take memory; a compiled model is in a
-            gc.collect()  # circle of references
+            # The next task needs the memory, and del leaves what refers to itself: compiled models
+            del tunings, tuning
+            gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print_table(run)

@@ -1450,7 +1450,8 @@ def test_results_of_other_data_or_another_checkpoint_are_kept_apart(glue, tmp_pa
         write_glue(tmp_path / "glue", name, train=32)
         glue("--task", name, "--trials", 1, "--epochs", 1)
     moved = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
-    assert "cola seed" not in glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
+    printed = glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
+    assert "cola seed" not in printed and "glue.json has all these trials, none is run" in printed
     assert len(runs_of(tmp_path)) == 1
 
     for split in ("train", "validation"):
@@ -1510,7 +1511,7 @@ def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
     assert "seed" not in glue("--task", "all", *flags)
     (folder / "RTE.tsv").unlink()
     printed = glue("--task", "all", *flags)
-    assert re.findall("^(.*): ", printed, re.M)[:1] == ["rte seed 0"]
+    assert re.findall("^(.* seed .): ", printed, re.M) == ["rte seed 0"]
     assert (folder / "RTE.tsv").read_text() == rte
     [run] = runs_of(tmp_path)
     assert [len(entry["trials"]) for entry in run["tasks"].values()] == [2] * 8
@@ -1545,6 +1546,25 @@ def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, mon
             "4", "neutral", "5", "contradiction", "6", "entailment"]
     assert (tmp_path / "out/glue_test/STS-B.tsv").read_text().split()[3::2] == [
         "0.000", "0.000", "2.346", "5.000", "5.000"]
+
+
+def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
+    """One entry, without published scores and test files; the average stays the paper's."""
+    own = finetune_glue.Task(("sentence",), ("no", "yes", "both"), "accuracy", 64, {},
+                             {"validation": ()})
+    monkeypatch.setitem(finetune_glue.TASKS, "own", own)
+    for name in finetune_glue.TASKS:
+        write_glue(tmp_path / "glue", name, train=16, validation=5)
+    flags = ["--trials", 1, "--epochs", 1]
+    assert "average of nine" not in glue("--task", "own", "cola", *flags)
+    for flags in (flags, [*flags, "--test"]):
+        printed = glue("--task", "all", *flags)
+        assert re.search("^own .*accuracy", printed, re.M) and "own seed" not in printed
+        assert re.search("^average of nine .* 45.5 .* 80.7 .* 80.9 ", printed, re.M)
+    [run] = runs_of(tmp_path)
+    nine = [x for name, entry in run["tasks"].items() if name != "own"
+            for x in entry["median"].values()]
+    assert len(nine) == 9 and run["average"] == pytest.approx(np.mean(nine))
 
 
 def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
@@ -1607,9 +1627,9 @@ def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
     for row, length in zip(ids, lengths):
         row[:length] = torch.randint(5, 50, (length,), generator=generator)
     labels = torch.tensor([i % 2 for i in range(len(lengths))])
-    padded = np.array([-(-n // 32) * 32 for n in lengths])
-    ids = torch.cat([ids, ids.new_zeros(len(ids), padded.max() - ids.shape[1])], dim=1)
-    split = finetune_glue.Split(ids, labels, padded, "")
+    lengths = np.array([-(-n // 32) * 32 for n in lengths])
+    ids = torch.cat([ids, ids.new_zeros(len(ids), lengths.max() - ids.shape[1])], dim=1)
+    split = finetune_glue.Split(ids, labels, lengths, "")
     bert = model_of(seq_len=128).float()
     args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
                                  "epochs": epochs, "dropout": dropout, "test": False, **others})
