@@ -56,11 +56,11 @@ TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its 
 LONG_PARAGRAPH = 200  # characters: a shorter line may repeat ("Chapter 1"), a longer one is a copy
 SEEN_SLOTS = 2**25  # 8-byte slots of the duplicate table: 268 MB, see `Seen`
 VAL_EVERY = 100  # one document in so many is held out for validation ...
-VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128)
+VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); later ones are unused
 
 MAX_DOCUMENT = 50_000_000  # bytes on one line; what is longer is no document, and is skipped
 MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
-PIECE = 100_000  # characters handed to the tokenizer at once; also the pieces of a .txt file
+PIECE = 100_000  # characters handed to the tokenizer at once; bytes of a piece of a .txt file
 PILE_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
 SAVE_SECONDS = 5  # between the places from which a killed run goes on
@@ -102,11 +102,12 @@ def train_tokenizer(texts, vocab_size):
     """WordPiece over an iterator of strings; the same text gives the same file everywhere.
 
     The library numbers "##" letters in hash order, which differs between processes and decides
-    between merges that are equally frequent. So the alphabet is given to it in a fixed order, and
-    the result is renumbered: special tokens first, then sorted.
+    between merges that are equally frequent. So the alphabet, all that build_normalizer leaves, is
+    given to it in a fixed order, which it keeps for special tokens only, and the result is
+    renumbered: special tokens first, then sorted.
     """
-    letters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
-    alphabet = letters + ["##" + c for c in letters]
+    characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
+    alphabet = characters + ["##" + c for c in characters]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False
     )
@@ -139,12 +140,13 @@ def local_files(pattern, out):
         found = [f for f in path.rglob("*") if kind(f) in SUFFIXES]
     else:
         found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-    files = sorted(f for f in found if f.is_file() and out.resolve() not in f.resolve().parents)
+    ours = (out.resolve(), out.resolve() / "work")
+    files = sorted(f for f in found if f.is_file() and f.resolve().parent not in ours)
     if not files:
-        raise SystemExit(f"--source {pattern}: no such file. Give {', '.join(HUB)}, python-docs, "
+        raise SystemExit(f"--source {pattern}: no such file. Give {', '.join([*HUB, *BUILT_IN])}, "
                          f"or a path or glob of {', '.join(SUFFIXES)} files (also .gz, .xz)")
     for f in files:
-        if kind(f) not in SUFFIXES or kind(f) == ".parquet" != f.suffix:
+        if kind(f) not in SUFFIXES or (kind(f) == ".parquet" and f.suffix != ".parquet"):
             raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)}, all "
                              "but parquet also .gz or .xz")
     if len({kind(f) == ".parquet" for f in files}) > 1:
@@ -208,7 +210,7 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """One document, in pieces that end with a line so that its size is free; each is a document."""
+    """The file in pieces of some PIECE bytes, each to the end of a line, and each a document."""
     ends_inside = False  # a line, and perhaps a letter of several bytes
     while piece := stream.read(PIECE):
         piece += stream.readline(PIECE)
@@ -255,6 +257,10 @@ def python_docs():
         yield without_surrogates("\n".join(filter(None, docs))), None
 
 
+# A source of your own: a function that yields documents, as above, under the name for --source
+BUILT_IN = {"python-docs": python_docs}
+
+
 class Source:
     """Documents of --source, from any position on.
 
@@ -264,7 +270,7 @@ class Source:
 
     def __init__(self, name, out):
         self.name = name
-        self.files = [] if name in HUB or name == "python-docs" else local_files(name, out)
+        self.files = [] if name in HUB or name in BUILT_IN else local_files(name, out)
         self.parquet = [str(f) for f in self.files if f.suffix == ".parquet"]
         self.begin = {"documents": 0, "stream": None}
 
@@ -273,7 +279,7 @@ class Source:
         if self.name in HUB or self.parquet:
             documents = self.streamed(position["stream"])
         else:
-            documents = python_docs() if self.name == "python-docs" else (
+            documents = BUILT_IN[self.name]() if self.name in BUILT_IN else (
                 itertools.chain.from_iterable(map(read_file, self.files)))
             documents = itertools.islice(documents, self.count, None)
         for document in documents:
@@ -304,7 +310,7 @@ class Source:
                     failures = 0
                 return
             except Exception as error:  # of any of four HTTP libraries; shown, raised in the end
-                what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                what = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
                 if self.parquet:
                     raise SystemExit(f"--source {self.name}: not a good parquet file ({what})")
                 if self.stream is None:
@@ -321,12 +327,14 @@ class Source:
                 state = self.stream.state_dict()
 
     def sample(self, limit):
-        """About `limit` characters for the tokenizer: of local files a share of each, by size."""
+        """About `limit` characters for the tokenizer: of text and JSON files a share of each, by
+        size; of others the beginning."""
         used, due, total = 0, 0, sum(f.stat().st_size for f in self.files)
-        sources = [(limit, self.documents(self.begin))]
         if self.files and not self.parquet:
             sources = ((limit * f.stat().st_size / max(1, total), read_file(f))
                        for f in self.files)
+        else:
+            sources = [(limit, self.documents(self.begin))]
         with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_S) as bar:
             for share, documents in sources:
                 due += share
@@ -374,15 +382,15 @@ def start_worker(tokenizer_json):
 
 
 def tokenize(texts):
-    """What `pack` needs of each document: (hash, [(ids, characters, hash), ...]).
-
-    The triples are its paragraphs, which are lines: ids is uint16, the hash 0 for one too short to
-    be called a copy. Tokenized one by one they give the tokens of the joined text.
-    """
     return [tokenize_document(text) for text in texts]
 
 
 def tokenize_document(text):
+    """What `pack` needs of it: (hash, [(ids, characters, hash), ...]).
+
+    The triples are its paragraphs, which are lines: ids is uint16, the hash 0 for one too short to
+    be called a copy. Tokenized one by one they give the tokens of the joined text.
+    """
     digest, paragraphs = hashlib.blake2b(digest_size=8), []
     for piece in pieces(text):
         normal = normalizer.normalize_str(piece)
@@ -390,7 +398,7 @@ def tokenize_document(text):
             [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
             ids, long = np.array(encoding.ids, np.uint16), len(normal) >= LONG_PARAGRAPH
             paragraphs.append((ids, len(normal), hash64(normal) if long else 0))
-            digest.update(normal.encode() + b" ")  # so no document is its own paragraph
+            digest.update(normal.encode() + b" ")  # a document of one line is no copy of that line
     return int.from_bytes(digest.digest(), "little"), paragraphs
 
 
@@ -414,7 +422,7 @@ def chunks(source, position):
         yield texts, reasons, source.bookmark()
 
 
-def in_parallel(work, tokenizer_json):
+def in_parallel(jobs, tokenizer_json):
     """Tokenize chunks on all cores, in order, with never more than a few in memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(cores or 1, 61)  # Windows waits for no more
@@ -422,7 +430,7 @@ def in_parallel(work, tokenizer_json):
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         try:
-            for chunk in itertools.chain(work, [None]):
+            for chunk in itertools.chain(jobs, [None]):
                 if chunk:
                     waiting.append((chunk, pool.submit(tokenize, chunk[0])))
                 while waiting and (chunk is None or len(waiting) > 2 * cores):
@@ -527,7 +535,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
             return "dropped_density"
         if seen.add(digest):
             return "dropped_duplicate"
-        fresh = [(ids, n) for ids, n, copy in paragraphs if not (copy and seen.add(copy))]
+        fresh = [(ids, n) for ids, n, mark in paragraphs if not (mark and seen.add(mark))]
         counts["paragraphs_dropped_duplicate"] += len(paragraphs) - len(fresh)
         if not fresh:
             return "dropped_duplicate"
@@ -545,11 +553,11 @@ def pack(source, tokenizer_json, work, seq_len, target):
         return "documents_kept"
 
     enough = counts["train_tokens"] >= target
-    work_list = () if enough else chunks(source, progress["position"])
+    to_do = () if enough else chunks(source, progress["position"])
     saved_at = time.monotonic()
     with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
               total=None if source.files else target, mininterval=BAR_S) as bar:
-        for (_, reasons, position), documents in in_parallel(work_list, tokenizer_json):
+        for (_, reasons, position), documents in in_parallel(to_do, tokenizer_json):
             counts["documents_read"] += len(documents) + len(reasons)
             counts["invalid"] += len(reasons)
             if reasons and not progress["first_invalid"]:
@@ -577,7 +585,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
     return progress
 
 
-def split_by_hand(work, seq_len, counts):
+def split_small(work, seq_len, counts):
     """A corpus so small that no row of validation came together gives its last documents to it.
 
     Returns the two streams in new files: those of `pack` stay as its progress.json says they are.
@@ -612,20 +620,23 @@ def row_blocks(path, n_rows, seq_len):
 def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     """Rows with the most "." first (paper v2: short sentences first); ties in random order.
 
-    Two passes, memory of one pile. The rows with d dots are dealt to n[d] piles that fit into
-    memory, each with its place in the output file: the i-th row goes to pile i mod n[d], at place
-    i // n[d] in it. Then every pile is shuffled where it lies. Without this, ties would keep the
-    order of the source, and training see one file of it after the other.
+    Two passes, memory of one pile. The rows with d dots are dealt to n_piles[d] piles that fit into
+    memory, each with its place in the output file: the i-th row goes to pile i mod n_piles[d], at
+    place i // n_piles[d] in it. Then every pile is shuffled where it lies. Otherwise rows with the
+    same key would stay in the order of the source, and training would see one file after another.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
+    def key(rows):  # another order: integers from 0 to seq_len, the largest come first
+        return (rows == dot).sum(1)
+
     n_rows = os.path.getsize(tokens_path) // (2 * seq_len)
     per_dots, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows in row_blocks(tokens_path, n_rows, seq_len):
-        per_dots += np.bincount((rows == dot).sum(1), minlength=seq_len + 1)
+        per_dots += np.bincount(key(rows), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
 
-    first_pile = np.zeros(seq_len + 2, np.int64)  # of each count, the largest count first
+    first_pile = np.zeros(seq_len + 1, np.int64)  # of each count, the largest count first
     n_piles = -(-per_dots * seq_len // PILE_TOKENS)
     sizes = []
     for dots in reversed(range(seq_len + 1)):
@@ -640,7 +651,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
                                       total=2 * n_rows, mininterval=BAR_S) as bar:
         for rows in row_blocks(tokens_path, n_rows, seq_len):
-            dots = (rows == dot).sum(1)
+            dots = key(rows)
             for d in np.unique(dots):
                 mine = rows[dots == d]
                 for k in range(n_piles[d]):
@@ -673,12 +684,13 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 def check_space(out, source, target):
     """The packed tokens and their ordered copy must fit: 2 bytes a token each, a little more."""
     tokens = target
-    if source.files:  # about 3.5 characters a token, text compressed at most 6 times
+    if source.files:  # 3 characters a token, to be safe; text compressed at most 6 times
         tokens = min(target, sum(f.stat().st_size * (1 if f.suffix in (".txt", ".jsonl", ".json")
                                                      else 6) for f in source.files) / 3)
-    elif source.name == "python-docs":
+    elif source.name in BUILT_IN:
         tokens = min(target, 10**7)
-    held = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())  # by a run to go on with
+    files = (*out.glob("*"), *out.glob("work/*"))  # of a run to go on with
+    held = sum(f.stat().st_size for f in files if f.is_file())
     need, free = 4.4 * tokens / 1e9, (shutil.disk_usage(out).free + held) / 1e9
     print(f"disk: needs up to {need:.1f} GB while ordering, half of it afterwards; {free:.1f} free")
     if need > free:
@@ -687,7 +699,7 @@ def check_space(out, source, target):
 
 
 def report(meta):
-    read = meta["documents_read"] or 1
+    read = meta["documents_read"]
     print(f"documents: {meta['documents_read']:,} read, {meta['documents_kept']:,} kept; dropped: "
           + ", ".join(f"{meta[key]:,} {what} ({meta[key] / read:.2%})" for key, what in (
               ("invalid", "invalid"), ("empty", "empty"), ("dropped_density", "too dense"),
@@ -727,20 +739,21 @@ def main():
     arguments = {"source": args.source, "tokens": args.tokens, "vocab_size": args.vocab_size,
                  "seq_len": args.seq_len,
                  "files": [[str(f), f.stat().st_size] for f in source.files]}
+    start_over = f"delete {out / 'meta.json'} and {work} to start over"
     for earlier in (out / "meta.json", work / "arguments.json"):
         if earlier.exists():
             try:
                 found = json.loads(earlier.read_text())
             except ValueError:
-                raise SystemExit(f"{earlier} is damaged: delete {out} to start over") from None
+                raise SystemExit(f"{earlier} is damaged: {start_over}") from None
             found = found.get("arguments", found)
             differs = [key for key in arguments if found.get(key) != arguments[key]]
             if differs:
                 raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
-                                 f"another --out, or delete that folder to start over")
+                                 f"another --out, or {start_over}")
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did so
-        print(f"{out} is complete already")
+        print(f"{out} is complete already (after a change to prepare.py give another --out)")
         return
     if args.source == "fineweb-edu":
         print("note: fineweb-edu was filtered by a classifier trained on a language model's "
@@ -765,7 +778,7 @@ def main():
             print(f"the source ended after {counts['train_tokens']:,} training tokens")
         train_tokens, val_tokens = work / "train.tokens", work / "val.tokens"
         if counts["val_tokens"] < args.seq_len or counts["train_tokens"] < args.seq_len:
-            train_tokens, val_tokens = split_by_hand(work, args.seq_len, counts)
+            train_tokens, val_tokens = split_small(work, args.seq_len, counts)
     except TooLittleText as error:
         shutil.rmtree(work)
         if not any(out.iterdir()):

@@ -185,8 +185,8 @@ def reference_rows(texts, tokenizer, seq_len):
             for stream in (streams[False], streams[True])]
 
 
-def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, monkeypatch):
-    texts = [sentences(i, 3 + i % 40) for i in range(300)]
+def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
+    texts = [sentences(i, 3 + i % 40).replace(". ", ".\n" if i % 2 else ". ") for i in range(300)]
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 1000,
            "--seq-len", 32, before="it.PILE_TOKENS = 3200; it.READ_TOKENS = 2240")
@@ -207,6 +207,10 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, monkeypatch):
     ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
     steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
     assert 0.3 < (steps > 0).mean() < 0.7
+    assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2  # also across piles
+
+    p = np.unique(train, return_counts=True)[1] / train.size
+    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
 
     text = tokenizer.decode([t for row in expected_train for t in row if t != cram.SEP])
     words = set(text.replace(" ##", "").split())
@@ -235,6 +239,59 @@ def test_counts_of_what_is_dropped(tmp_path):
     assert meta["dropped_density"] in (7, 8)  # the noise, and perhaps the short "xy"
     assert meta["documents_kept"] + sum(meta[key] for key in (
         "empty", "invalid", "dropped_duplicate", "dropped_density")) == meta["documents_read"]
+
+
+def test_dense_is_tokens_against_characters_with_the_spaces_between_lines(tmp_path):
+    texts = [sentences(i, 8).replace(". ", ".\n") for i in range(60)]
+    args = ["--source", write_jsonl(tmp_path / "t.jsonl", texts), "--vocab-size", 700,
+            "--seq-len", 16, "--out"]
+    script("prepare.py", *args, tmp_path / "all")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "all/tokenizer.json"))
+    dense = sorted(len(tokenizer.encode(t).ids) / len(tokenizer.normalizer.normalize_str(t))
+                   for t in texts)
+    assert dense[-1] < 0.3 and dense[29] < dense[30]
+    limit = float(dense[29] + dense[30]) / 2
+    script("prepare.py", *args, tmp_path / "half", before=f"it.MAX_DENSITY = {limit}")
+    assert json.loads((tmp_path / "half/meta.json").read_text())["dropped_density"] == 30
+
+
+def test_tokens_end_it_at_the_end_of_a_chunk_also_when_started_again(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 2) for i in range(4100)])
+    args = ["--source", source, "--vocab-size", 700, "--seq-len", 16, "--tokens", 1000, "--out"]
+    script("prepare.py", *args, tmp_path / "once")
+    assert json.loads((tmp_path / "once/meta.json").read_text())["documents_read"] == 2000
+    script("prepare.py", *args, tmp_path / "again", code=1,
+           before="it.order_rows = lambda *a: sys.exit('stopped')")
+    script("prepare.py", *args, tmp_path / "again")
+    assert files_of(tmp_path / "once") == files_of(tmp_path / "again")
+
+
+def test_what_validation_does_not_need_is_not_trained_on(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 30) for i in range(60)])
+    metas = []
+    for rows in (16384, 1):
+        script("prepare.py", "--source", source, "--vocab-size", 700, "--seq-len", 32, "--out",
+               tmp_path / str(rows), before=f"it.VAL_EVERY = 2; it.VAL_MAX_ROWS = {rows}")
+        metas.append(json.loads((tmp_path / str(rows) / "meta.json").read_text()))
+    assert metas[0]["train_sha256"] == metas[1]["train_sha256"]
+    assert metas[0]["val_rows"] > metas[1]["val_rows"] == 1
+
+
+def test_tokenizer_sees_a_share_of_every_file(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name * 9}\n" * 1000)
+    monkeypatch.setattr(prepare, "PIECE", 500)
+    seen = "".join(prepare.Source(str(tmp_path), tmp_path / "out").sample(4000))
+    assert 1500 < seen.count("a") < 2500 and 1500 < seen.count("b") < 2500
+
+
+def test_text_beside_other_data_is_read_and_what_prepare_wrote_is_not(tmp_path):
+    out = tmp_path / "data"
+    (out / "texts").mkdir(parents=True)
+    (out / "work").mkdir()
+    for path in ("texts/a.txt", "tokenizer.json", "work/progress.json"):
+        (out / path).write_text("text")
+    assert prepare.local_files(str(out), out) == [out / "texts/a.txt"]
 
 
 def test_duplicates_are_forgotten_only_when_overwritten(tmp_path, monkeypatch):
@@ -318,7 +375,7 @@ def test_hub_sources_stream_resume_and_survive_the_network(tmp_path, monkeypatch
         for i in itertools.count():
             if failures and i == failures[0]:
                 failures.pop(0)
-                raise ConnectionError("the network is gone")
+                raise ConnectionError("the network is gone") if failures else TimeoutError()
             try:
                 yield next(rows)
             except StopIteration:
@@ -357,7 +414,7 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_
             if progress.exists():
                 read.append(json.loads(progress.read_text())["position"]["documents"])
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)  # until the workers have ended too, which hold its stderr
     assert process.returncode == 0 and len({*read}) > 4
     assert json.loads((tmp_path / "once/meta.json").read_text())["dropped_duplicate"] == 2000
     assert files_of(tmp_path / "once") == files_of(tmp_path / "killed")  # meta.json's counts too
