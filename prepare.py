@@ -140,8 +140,10 @@ def local_files(pattern, out):
         found = [f for f in path.rglob("*") if kind(f) in SUFFIXES]
     else:
         found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-    ours = (out.resolve(), out.resolve() / "work")
-    files = sorted(f for f in found if f.is_file() and f.resolve().parent not in ours)
+    out = out.resolve()
+    ours = (out / "meta.json", out / "tokenizer.json")  # and what is in work
+    files = sorted(f for f in found if f.is_file() and f.resolve() not in ours
+                   and f.resolve().parent != out / "work")
     if not files:
         raise SystemExit(f"--source {pattern}: no such file. Give {', '.join([*HUB, *BUILT_IN])}, "
                          f"or a path or glob of {', '.join(SUFFIXES)} files (also .gz, .xz)")

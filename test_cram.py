@@ -289,9 +289,9 @@ def test_text_beside_other_data_is_read_and_what_prepare_wrote_is_not(tmp_path):
     out = tmp_path / "data"
     (out / "texts").mkdir(parents=True)
     (out / "work").mkdir()
-    for path in ("texts/a.txt", "tokenizer.json", "work/progress.json"):
+    for path in ("b.txt", "meta.json", "texts/a.txt", "tokenizer.json", "work/progress.json"):
         (out / path).write_text("text")
-    assert prepare.local_files(str(out), out) == [out / "texts/a.txt"]
+    assert prepare.local_files(str(out), out) == [out / "b.txt", out / "texts/a.txt"]
 
 
 def test_duplicates_are_forgotten_only_when_overwritten(tmp_path, monkeypatch):
