@@ -372,20 +372,20 @@ class Tuning:
         Three steps go before, because what is done once must not be in the graph: compilation,
         the optimizer's first state, cuBLAS's choice of kernels.
         """
-        graph, drawn = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
-        usual = drawn.graphsafe_get_state()
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
+        usual = generator.graphsafe_get_state()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.compiler.set_stance("default" if T in self.compiled else "force_eager"):
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
                 for _ in range(3):
                     self.step(T)
-            drawn.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
+            generator.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
             # torch.cuda.graph first waits for the card. One piece of memory serves all lengths, as
             # nothing in it has to last until the next replay
             with torch.cuda.graph(graph, pool=self.graph_memory, stream=self.stream):
                 self.step(T)
-            drawn.graphsafe_set_state(usual)
+            generator.graphsafe_set_state(usual)
         self.graphs[T], self.graph_memory = graph, graph.pool()
 
     def advance(self, k):
@@ -447,8 +447,7 @@ def scores_of(tuning, splits, with_test):
 def open_results(path, identity, digests):
     """All of glue.json, and in it the run to go on with, perhaps new.
 
-    A run belongs to one checkpoint, one set of settings, and one content of each task's data (not
-    to one version of this code).
+    A run belongs to one checkpoint, one set of settings, and one content of each task's data.
     Numbers that differ in any of them stay in the file, and apart.
     """
     try:
