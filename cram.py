@@ -104,7 +104,7 @@ class Settings:
 
 RECIPES = {  # what a recipe sets where the command line does not
     "crammed": {},
-    "modern": {  # README.md has what was measured; chosen at two to ten minutes, not for a day
+    "modern": {  # chosen at two to ten minutes; for a day see "What a day wants" in README.md
         "model": "modernbert", "optimizer": "muon", "order": "random",
         "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
         "weight_decay": 0.5,  # with 0.05 the loss is the same, but ten minutes fine-tune badly
