@@ -257,8 +257,8 @@ class Attention(nn.Module):
 class GatedFFN(nn.Module):
     """up(x) · GELU(gate(x)): one half of the inner layer opens and closes the other.
 
-    Two matrices, as for q, k and v, where others split the output of one: the backward pass then
-    has no gradients to copy together.
+    Two matrices, where others split the output of one: the backward pass then has no gradients to
+    copy together.
     """
 
     def __init__(self, width):
