@@ -13,7 +13,8 @@ Model and recipe are those of "Cramming: Training a Language Model on a Single G
 (Geiping & Goldstein, arXiv 2212.14034, version 2), or with --recipe modern our own, which learns
 faster: RECIPES has what it changes. How the paper's differs from an ordinary BERT:
 
-- pre-norm blocks, no biases, a gated FFN, fixed sinusoid positions with one learned scale, no head;
+- pre-norm blocks, biases only in the norms, a gated FFN, no head; fixed sinusoid positions with one
+  learned scale;
 - rows without padding; a quarter of the tokens is masked, and only that quarter is decoded;
 - one clock: learning rate and batch size follow the share of the time budget that is spent.
 
@@ -88,7 +89,7 @@ class Settings:
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
-    mask_rate: float = 0.25  # share of tokens to guess; BERT: 15 %, of rows it sees many times
+    mask_rate: float = 0.25  # share of tokens to guess; BERT has 15 %, but sees each row often
     mask_replace: float = 0.8  # share of these that becomes <mask>; half the rest is random tokens
     order: str = "file"  # of the first pass: file, as prepare.py sorted it; or random
 
@@ -98,7 +99,7 @@ class Settings:
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
-    compile: bool | None = None  # torch.compile; by itself on where there is CUDA and Triton
+    compile: bool | None = None  # torch.compile; else it is on for CUDA cards from Volta on
     save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
 
@@ -107,7 +108,7 @@ RECIPES = {  # what a recipe sets where the command line does not
     "modern": {  # chosen at two to ten minutes; for a day see "What a day wants" in README.md
         "model": "modernbert", "optimizer": "muon", "order": "random",
         "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
-        "weight_decay": 0.5,  # with 0.05 the loss is the same, but ten minutes fine-tune badly
+        "weight_decay": 0.5,  # with 0.05 the loss is the same, but the model fine-tunes badly
         "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
     },
 }
@@ -440,13 +441,13 @@ class Data:
             raise CramError(f"no prepared data in {folder}: run prepare.py --out {folder} first")
         try:
             meta = json.loads((folder / "meta.json").read_text())
-        except ValueError:
+            self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
+            self.source = meta["source"]
+            self.unigram_entropy = meta["unigram_entropy"]
+            self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
+        except (ValueError, KeyError, TypeError):
             raise CramError(f"{folder}/meta.json is damaged: copy it again, or delete {folder} and "
                             "run prepare.py again") from None
-        self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
-        self.source = meta["source"]
-        self.unigram_entropy = meta["unigram_entropy"]
-        self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
@@ -490,7 +491,8 @@ class RowOrder:
         return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
 
     def fit(self, position, rows_left):
-        """From `position` on, stride so that the rows that are left reach the end of the file."""
+        """From `position` on, stride so that the rows that the budget still takes end with the
+        file."""
         if position < self.first_pass_end():
             self.start_row = int(self.rows_at(position, 1)[0])
             self.start = position
@@ -514,7 +516,7 @@ class RowOrder:
         return np.concatenate(parts)
 
 
-@functools.lru_cache(1)  # 8 bytes a row, drawn once a pass
+@functools.lru_cache(2)  # 8 bytes a row each; two, as what is read may span two passes
 def permutation(n_rows, seed, later_pass):
     return np.random.default_rng((seed, later_pass)).permutation(n_rows)
 
@@ -573,7 +575,7 @@ def train(s, saved=None):
             model = CrammedBERT(s, data.vocab_size, data.seq_len)
         use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # nothing to mend
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's; nothing to mend
         optimizers = build_optimizers(model, s, team)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator(device)  # of the masks
@@ -602,6 +604,11 @@ def train(s, saved=None):
         return run.step / s.steps if s.steps else elapsed / budget_s
 
     def save_last():
+        lost = run.skipped_in_a_row and not scaler.is_enabled()  # fp16 skips a step now and then
+        if lost or not all(p.isfinite().all() for p in model.parameters()):
+            raise CramError("loss or weights are not finite: the run has broken down, and is not "
+                            "saved. Resume a last.pt from before, or start again with a smaller "
+                            "--lr and another --out")
         if team.rank:
             return
         with clock.part("save"):
@@ -692,7 +699,8 @@ def train(s, saved=None):
         order.fit(run.rows, rows_left)
         total = run.rows + rows_left
         print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
-              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05 else ""))
+              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05
+                        and run.rows < order.first_pass_end() else ""))
 
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     card = f"{team.size} x {card}" if team.size > 1 else card
@@ -780,7 +788,7 @@ def train(s, saved=None):
                 group["lr"] = lr
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card (fp16: two)
+        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card
         if math.isfinite(loss) and math.isfinite(norm):  # the scaler looks for itself, in fp16
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -793,7 +801,7 @@ def train(s, saved=None):
             if run.skipped_in_a_row == MAX_SKIPPED:
                 raise CramError(f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row: "
                                 "the run has broken down. Resume it from last.pt, or start again "
-                                "with a smaller --lr")
+                                "with a smaller --lr and another --out")
         scaler.update()
         model.zero_grad()
         run.step += 1
@@ -824,7 +832,8 @@ def train(s, saved=None):
     last = log_line(elapsed, with_validation=True)
     if not math.isfinite(last["val_loss"]):
         raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, and "
-                        "no ckpt.pt is written. Start again with a smaller --lr")
+                        "no ckpt.pt is written. Start again with a smaller --lr and another "
+                        "--out")
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
             "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
@@ -930,8 +939,8 @@ def load_whole(path):
 class Clock:
     """Seconds since the run began, time between sessions left out.
 
-    It starts before the data is opened and the model built; train reads it for the last time after
-    the last update. What is not start-up, compilation, validation or saving is training.
+    It starts before the data is opened and the model built; the budget counts it up to the last
+    update. What is not start-up, compilation, validation or saving is training.
     """
 
     def __init__(self, elapsed=0.0, parts=None):
@@ -1091,7 +1100,8 @@ def log_row(e):
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
     "L4": 121, "A10": 125, "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2,
-    "RTX 3090": 71, "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,  # another card's MFU is n/a
+    "RTX 3090": 71, "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
+    # An unlisted card's MFU is n/a; a variant (Ti, Laptop) counts as the card it is named after
 }
 
 
@@ -1247,7 +1257,7 @@ A BERT of {sum(p.numel() for p in model.parameters()):,} parameters, trained fro
 
 # --------------------------------------------------------------------------------- 8. Command line
 
-# A resumed run may change these; all others belong to the run.
+# A resumed run may change these; all others belong to the run, and but for the seed to the recipe.
 FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
                   "save_minutes"}
 
@@ -1319,8 +1329,8 @@ def parse_arguments():
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
     parser.add_argument("--resume", action="store_true",
                         help="go on where the run in --out stopped, with its settings")
-    parser.add_argument("--fill", metavar="TEXT",
-                        help="print the model's best guesses for each <mask> in TEXT, then exit")
+    parser.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
+                        "<mask> in TEXT, on the CPU unless --device is given, then exit")
     parser.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
                         "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())

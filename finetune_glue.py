@@ -14,8 +14,9 @@ A step on 16 short rows is a thousand small kernels, and starting them takes lon
 them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed;
 and as one such step does not fill the card, the trials of a task run side by side.
 
-Trials that glue.json has are not run again. It knows checkpoint, flags and data, not this code:
-after a change here move it away.
+Trials that glue.json has are not run again, but for the first if --test needs its predictions. It
+knows checkpoint, settings and data, not the device and not this code: after a change there move it
+away.
 
 Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
 """
@@ -81,10 +82,10 @@ TASKS = {
     "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
                  {"validation": (0.0, 53.3, 56.5)}),
 }
-PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]  # in its average
+PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]  # its average's
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
-MAX_LENGTH = 128  # tokens of an example: cuts 12 % of the pairs of RTE, 0.3 of MNLI
+MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
 BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
 BAR_S = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the progress bar
 
@@ -225,8 +226,8 @@ def batch_of(split, chosen, T):
 
 
 class Classifier(nn.Module):
-    """What the final norm gives for the first token, through one tanh layer; both layers have
-    biases (config crammed-bert). The head of modernbert is for <mask>, and not used.
+    """What the final norm gives for the first token, through a tanh layer and an output layer, both
+    with biases (config crammed-bert). The head of modernbert is for <mask>, and not used.
 
     On a card forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
     """
@@ -242,8 +243,8 @@ class Classifier(nn.Module):
                 module.p = dropout
 
     def init_head(self):
-        """Each trial begins with this, in the tensors of the last: new values for every parameter
-        outside bert."""
+        """New values for every parameter outside bert: each trial begins with this, in the tensors
+        of the trial before."""
         for linear in (self.pool, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -323,8 +324,8 @@ class Tuning:
         self.compiled = compiled  # the lengths that run compiled blocks
         if compiled:
             # Blocks are alike and share one code for each length; with modernbert two, as the first
-            # has no norm. From here on the whole process runs without it, except in record():
-            # evaluation would compile for shapes of its own
+            # has no norm. From here on nothing runs compiled except in record(): evaluation would
+            # compile for shapes of its own
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
@@ -377,7 +378,8 @@ class Tuning:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.compiler.set_stance("default" if T in self.compiled else "force_eager"):
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*capturable=True")  # of steps not recorded
+                # It warns of these three, as they are not recorded
+                warnings.filterwarnings("ignore", ".*capturable=True")
                 for _ in range(3):
                     self.step(T)
             generator.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
@@ -497,8 +499,8 @@ def tsv(predictions):
 
 
 def to_predict(folder, run, names, seed):
-    """The tasks whose test files are not in the folder, or of a trial with another seed. One that
-    this run has not written is refused: the server would get a mixture."""
+    """The tasks whose test files are not in the folder, or of a trial with another seed. A file
+    there that this run has not written is refused: the server would get a mixture."""
     known = [digest for entry in run["tasks"].values() for digest in entry["test_files"].values()]
     for path in folder.glob("*.tsv"):
         if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:

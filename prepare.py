@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # ids 0..4; cram.py relies on it
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # ids 0..4; cram.py relies on them
 SEP = SPECIAL_TOKENS.index("<sep>")
 
 HUB = {  # repository, configuration; all are plain parquet or json, no loading scripts
@@ -103,8 +103,8 @@ def train_tokenizer(texts, vocab_size):
 
     The library numbers "##" letters in hash order, which differs between processes and decides
     between merges that are equally frequent. So the alphabet, all that build_normalizer leaves, is
-    given to it in a fixed order, which it keeps for special tokens only, and the result is
-    renumbered: special tokens first, then sorted.
+    given to it as special tokens, the only ones whose order it keeps, and the result is renumbered:
+    SPECIAL_TOKENS first, then sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
@@ -145,8 +145,9 @@ def local_files(pattern, out):
     files = sorted(f for f in found if f.is_file() and f.resolve() not in ours
                    and f.resolve().parent != out / "work")
     if not files:
-        raise SystemExit(f"--source {pattern}: no such file. Give {', '.join([*HUB, *BUILT_IN])}, "
-                         f"or a path or glob of {', '.join(SUFFIXES)} files (also .gz, .xz)")
+        raise SystemExit(f"--source {pattern}: nothing to read there. Give one of "
+                         f"{', '.join([*HUB, *BUILT_IN])}, or a path or glob of "
+                         f"{', '.join(SUFFIXES)} files (also .gz, .xz)")
     for f in files:
         if kind(f) not in SUFFIXES or (kind(f) == ".parquet" and f.suffix != ".parquet"):
             raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)}, all "
@@ -212,7 +213,8 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """The file in pieces of some PIECE bytes, each to the end of a line, and each a document."""
+    """The file in pieces of some PIECE bytes, each a document to the end of a line; a longer
+    line is cut."""
     ends_inside = False  # a line, and perhaps a letter of several bytes
     while piece := stream.read(PIECE):
         piece += stream.readline(PIECE)
@@ -228,7 +230,8 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json}
 
 
 def read_file(path):
-    """Documents of one local file. One that breaks off (a cut download) keeps what came before."""
+    """Documents of one local file. One that breaks off (a cut download) keeps what came before, of
+    a .txt the whole pieces."""
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opened(path, "rb") as stream:
@@ -273,7 +276,7 @@ class Source:
     def __init__(self, name, out):
         self.name = name
         self.files = [] if name in HUB or name in BUILT_IN else local_files(name, out)
-        self.parquet = [str(f) for f in self.files if f.suffix == ".parquet"]
+        self.parquet = [glob.escape(str(f)) for f in self.files if f.suffix == ".parquet"]
         self.begin = {"documents": 0, "stream": None}
 
     def documents(self, position):
@@ -302,9 +305,10 @@ class Source:
             try:
                 if self.stream is None:
                     repository, configuration = HUB.get(self.name, ("parquet", None))
+                    # A number of rows, as parquet files without any have no size of their own
                     self.stream = datasets.load_dataset(
                         repository, configuration, data_files=self.parquet or None, split="train",
-                        streaming=True)
+                        streaming=True, **({"batch_size": 1000} if self.parquet else {}))
                 if state:
                     self.stream.load_state_dict(state)
                 for row in self.stream:
@@ -368,7 +372,7 @@ def pieces(text):
 
 
 def start_worker(tokenizer_json):
-    """Runs once in each process. The watch ends it if the parent is killed, which tells nobody."""
+    """Runs once in each process. The watch ends it when the parent is gone, even if killed."""
     global tokenizer, normalizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -388,7 +392,7 @@ def tokenize(texts):
 
 
 def tokenize_document(text):
-    """What `pack` needs of it: (hash, [(ids, characters, hash), ...]).
+    """What `pack` needs of a document: (hash, [(ids, characters, hash), ...]).
 
     The triples are its paragraphs, which are lines: ids is uint16, the hash 0 for one too short to
     be called a copy. Tokenized one by one they give the tokens of the joined text.
@@ -458,6 +462,8 @@ def write_whole(path, content):
 def open_at(path, size):
     """A file to append to, cut back to the size it had when the progress was written."""
     f = open(path, "r+b" if path.exists() else "w+b")
+    if f.seek(0, os.SEEK_END) < size:
+        raise SystemExit(f"{path} is damaged: delete {path.parent} to start over")
     f.truncate(size)
     f.seek(size)
     return f
@@ -468,7 +474,7 @@ class Seen:
 
     Each hash has one slot and overwrites what is in it. So nothing is called a duplicate that is
     none (but for one hash in 2**64), while a copy is missed if its slot was taken in between: with
-    n newer entries that is 1 - exp(-n / 2**25), 3 % after a million and 63 % after 34 million.
+    n newer entries the chance is 1 - exp(-n / 2**25): 3 % after a million, 63 % after 34 million.
     """
 
     def __init__(self, path, entries):
@@ -529,7 +535,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
         write_whole(work / "progress.json", progress)
 
     def take(digest, paragraphs):
-        """Write a document if it is wanted; what becomes of it, as a name in the counts."""
+        """Write a document if it is wanted. Returns what became of it, a key of the counts."""
         characters = sum(n + 1 for _, n, _ in paragraphs) - 1  # with the spaces between them
         if not paragraphs:
             return "empty"
@@ -550,7 +556,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
             counts["val_tokens"] += len(out)
             counts["val_documents"] += 1
         else:
-            return "documents_kept"  # val.bin is full; train.bin does not get it all the same
+            return "documents_kept"  # val.bin is full, and training must not see it either
         counts["characters_written"] += sum(n + 1 for _, n in fresh)
         return "documents_kept"
 
@@ -558,13 +564,13 @@ def pack(source, tokenizer_json, work, seq_len, target):
     to_do = () if enough else chunks(source, progress["position"])
     saved_at = time.monotonic()
     with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=None if source.files else target, mininterval=BAR_S) as bar:
+              total=target if source.name in HUB else None, mininterval=BAR_S) as bar:
         for (_, reasons, position), documents in in_parallel(to_do, tokenizer_json):
             counts["documents_read"] += len(documents) + len(reasons)
             counts["invalid"] += len(reasons)
             if reasons and not progress["first_invalid"]:
                 progress["first_invalid"] = reasons[0]
-                tqdm.write(f"skipping what cannot be read, first: {reasons[0]}")
+                tqdm.write(f"skipping what cannot be read, first: {ascii(reasons[0])}")
             for digest, paragraphs in documents:
                 counts[take(digest, paragraphs)] += 1
             progress["position"] = position
@@ -588,7 +594,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
 
 
 def split_small(work, seq_len, counts):
-    """A corpus so small that no row of validation came together gives its last documents to it.
+    """A corpus with less than one row of validation moves its last documents there.
 
     Returns the two streams in new files: those of `pack` stay as its progress.json says they are.
     """
@@ -629,7 +635,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    def key(rows):  # another order: integers from 0 to seq_len, the largest come first
+    def key(rows):  # for another order change this: 0 to seq_len, the largest come first
         return (rows == dot).sum(1)
 
     n_rows = os.path.getsize(tokens_path) // (2 * seq_len)
@@ -691,7 +697,7 @@ def check_space(out, source, target):
                                                      else 6) for f in source.files) / 3)
     elif source.name in BUILT_IN:
         tokens = min(target, 10**7)
-    files = (*out.glob("*"), *out.glob("work/*"))  # of a run to go on with
+    files = (out / "train.bin", out / "train.part", *out.glob("work/*"))  # of a run to go on with
     held = sum(f.stat().st_size for f in files if f.is_file())
     need, free = 4.4 * tokens / 1e9, (shutil.disk_usage(out).free + held) / 1e9
     print(f"disk: needs up to {need:.1f} GB while ordering, half of it afterwards; {free:.1f} free")
@@ -746,27 +752,29 @@ def main():
         if earlier.exists():
             try:
                 found = json.loads(earlier.read_text())
-            except ValueError:
+                found = found.get("arguments", found)
+            except (ValueError, AttributeError):
                 raise SystemExit(f"{earlier} is damaged: {start_over}") from None
-            found = found.get("arguments", found)
             differs = [key for key in arguments if found.get(key) != arguments[key]]
             if differs:
                 raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
                                  f"another --out, or {start_over}")
     if (out / "meta.json").exists():
-        shutil.rmtree(work, ignore_errors=True)  # a run may have been killed just before it did so
+        if (work / "arguments.json").exists():  # a run was killed just before it did this
+            shutil.rmtree(work, ignore_errors=True)
         print(f"{out} is complete already (after a change to prepare.py give another --out)")
         return
     if args.source == "fineweb-edu":
         print("note: fineweb-edu was filtered by a classifier trained on a language model's "
               "judgements, which is outside the rules of cramming")
 
-    out.mkdir(parents=True, exist_ok=True)
+    if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
+        raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
+    work.mkdir(parents=True, exist_ok=True)
     check_space(out, source, args.tokens)
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
-        work.mkdir(exist_ok=True)
         write_whole(work / "arguments.json", arguments)
         write_whole(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
@@ -821,6 +829,6 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        raise SystemExit(f"prepare.py stopped: {error}. Start the same command again to go on.")
+        raise SystemExit(f"prepare.py stopped: {error}. That mended, the same command goes on.")
     except KeyboardInterrupt:
         sys.exit("\nstopped; start the same command again to go on")

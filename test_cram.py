@@ -316,12 +316,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(
         (tmp_path / "a.jsonl").read_bytes()))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "parquet").mkdir()  # a name like a pattern, and a part without rows
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet/a[1].parquet")
+    datasets.Dataset.from_list(rows).select([]).to_parquet(tmp_path / "parquet/b.parquet")
     (tmp_path / "txt").mkdir()
     for i, text in enumerate(texts):
         (tmp_path / f"txt/{i:03}.txt").write_text(text)
     hashes = set()
-    for source in ("a.jsonl", "a.jsonl.xz", "a.json", "b.json.gz", "a.parquet", "txt"):
+    for source in ("a.jsonl", "a.jsonl.xz", "a.json", "b.json.gz", "parquet", "txt"):
         out = tmp_path / ("out-" + source)
         script("prepare.py", "--source", tmp_path / source, "--out", out, "--vocab-size", 700,
                "--seq-len", 32)
@@ -1010,9 +1012,17 @@ def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
     (other / "meta.json").write_text(json.dumps({**meta, "train_sha256": "0" * 64}))
     with pytest.raises(cram.CramError, match="other train_sha256"):
         train(resume=True, data=str(other))
-    os.truncate(other / "meta.json", 50)
-    with pytest.raises(cram.CramError, match="meta.json is damaged"):
-        train(resume=True, data=str(other))
+    for broken in ("{}", "[1]", '{"seq_'):
+        (other / "meta.json").write_text(broken)
+        with pytest.raises(cram.CramError, match="meta.json is damaged"):
+            train(resume=True, data=str(other))
+
+
+def test_rows_left_out_are_said_only_while_some_are(train, capsys):
+    train(steps=5)
+    assert "one row in" in capsys.readouterr().out
+    train(resume=True, steps=10)  # the first pass, of some rows, is over: now all come
+    assert "one row in" not in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten(train, monkeypatch):
@@ -1087,9 +1097,22 @@ def test_a_run_that_broke_down_stops_and_keeps_its_last_checkpoint(train, monkey
     assert read_run(train.folder / "out")[0]["run"]["skipped"] == 0
 
 
-def test_a_run_that_broke_down_at_its_end_is_no_model(train):
+@pytest.mark.parametrize("lr, bad_step", [(1e20, 5), (math.inf, 9)])
+def test_a_run_that_broke_down_at_its_end_is_not_saved(train, monkeypatch, lr, bad_step):
+    """With huge weights the next steps are skipped; infinite ones may come with the last step."""
+    train(steps=5)
+    good, usual = (train.folder / "out/last.pt").read_bytes(), cram.lr_at
+    monkeypatch.setattr(
+        cram, "lr_at", lambda f, s: lr if round(10 * f) == bad_step else usual(f, s))
+    with pytest.raises(cram.CramError, match="has broken down, and is not saved"):
+        train(resume=True, steps=10)
+    assert (train.folder / "out/last.pt").read_bytes() == good
+
+
+def test_a_model_without_a_finite_validation_loss_is_no_model(train, monkeypatch):
+    monkeypatch.setattr(cram, "validate", lambda *a: math.nan)
     with pytest.raises(cram.CramError, match="validation loss is nan"):
-        train(steps=5, lr=1e30)
+        train(steps=5)
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
@@ -1286,7 +1309,7 @@ def test_what_cannot_be_exported_is_said(train):
 
 
 @pytest.mark.parametrize("content, args, words", [
-    (None, [], "no such file"),
+    (None, [], "nothing to read there"),
     (b"", [], "no document that can be used"),
     (b'{"body": "x"}\n', [], "no column .text., but ..body"),
     (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
@@ -1301,6 +1324,29 @@ def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
                      code=2 if args else 1)
     assert re.search(words, printed), printed
     assert "Traceback" not in printed and not (tmp_path / "d").exists()
+
+
+def test_a_folder_of_the_users_is_not_deleted(tmp_path, complaint):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
+    (tmp_path / "d/work").mkdir(parents=True)
+    (tmp_path / "d/work/thesis.tex").write_text("years of it")
+    assert "give another --out" in complaint(prepare, "--source", source, "--out", tmp_path / "d",
+                                             "--vocab-size", 700, "--seq-len", 32)
+    assert (tmp_path / "d/work/thesis.tex").read_text() == "years of it"
+
+
+def test_the_users_own_files_are_no_free_space(tmp_path, monkeypatch):
+    with open(tmp_path / "mine.tar", "wb") as f:
+        f.truncate(10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=10**6))
+    with pytest.raises(SystemExit, match="has 0.0 GB free"):
+        prepare.check_space(tmp_path, prepare.Source("python-docs", tmp_path), 10**7)
+
+
+def test_a_work_file_that_lost_its_end_is_not_filled_up(tmp_path):
+    (tmp_path / "train.tokens").write_bytes(b"12345")
+    with pytest.raises(SystemExit, match="is damaged"):
+        prepare.open_at(tmp_path / "train.tokens", 10)
 
 
 def test_damaged_files_lose_only_what_is_damaged(tmp_path):
