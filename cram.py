@@ -99,7 +99,7 @@ class Settings:
     microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
-    compile: bool | None = None  # torch.compile; else it is on for CUDA cards from Volta on
+    compile: bool | None = None  # torch.compile; if not given, on for CUDA cards from Volta on
     save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
 
 

@@ -82,7 +82,8 @@ TASKS = {
     "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
                  {"validation": (0.0, 53.3, 56.5)}),
 }
-PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]  # its average's
+# The tasks whose scores the paper averages
+PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
