@@ -788,7 +788,7 @@ def train(s, saved=None):
                 group["lr"] = lr
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card
+        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card, fp16 aside
         if math.isfinite(loss) and math.isfinite(norm):  # the scaler looks for itself, in fp16
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -831,9 +831,8 @@ def train(s, saved=None):
 
     last = log_line(elapsed, with_validation=True)
     if not math.isfinite(last["val_loss"]):
-        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, and "
-                        "no ckpt.pt is written. Start again with a smaller --lr and another "
-                        "--out")
+        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, and no "
+                        "ckpt.pt is written. Start again with a smaller --lr and another --out")
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
             "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
@@ -1257,7 +1256,7 @@ A BERT of {sum(p.numel() for p in model.parameters()):,} parameters, trained fro
 
 # --------------------------------------------------------------------------------- 8. Command line
 
-# A resumed run may change these; all others belong to the run, and but for the seed to the recipe.
+# A resumed run may change these. All others belong to the run and, but for the seed, to its recipe.
 FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
                   "save_minutes"}
 

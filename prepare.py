@@ -305,7 +305,7 @@ class Source:
             try:
                 if self.stream is None:
                     repository, configuration = HUB.get(self.name, ("parquet", None))
-                    # A number of rows, as parquet files without any have no size of their own
+                    # batch_size: a parquet file without rows would set it to 0
                     self.stream = datasets.load_dataset(
                         repository, configuration, data_files=self.parquet or None, split="train",
                         streaming=True, **({"batch_size": 1000} if self.parquet else {}))
