@@ -831,7 +831,7 @@ def train(s, saved=None):
 
     last = log_line(elapsed, with_validation=True)
     if not math.isfinite(last["val_loss"]):
-        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, and no "
+        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, no "
                         "ckpt.pt is written. Start again with a smaller --lr and another --out")
     if team.rank == 0:
         save_whole(out / "ckpt.pt", {
