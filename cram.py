@@ -1,26 +1,26 @@
 """Train a BERT from scratch on one GPU in one day.
 
-    python prepare.py                         # once: text -> data/
-    python cram.py --hours 24                 # data/ -> out/ckpt.pt
-    python cram.py --resume                   # go on where a stopped run is
+    python prepare.py                                 # once: text -> data/
+    python cram.py --hours 24                         # data/ -> out/ckpt.pt
+    python cram.py --resume                           # continue a run that was stopped
     python cram.py --fill "paris is the <mask> of france."
-    python cram.py --recipe modern --hours 0.08 --out out/modern
-    python cram.py --out out/modern --export bert     # a folder for Hugging Face transformers
-    python cram.py --layers 2 --width 128 --heads 4 --batch 32 --steps 200 --out out/tiny
+    python cram.py --recipe electra --minutes 10 --out out/electra
+    python cram.py --out out/electra --export bert    # a folder for Hugging Face transformers
     torchrun --standalone --nproc_per_node=8 cram.py  # one process for each of eight GPUs
 
-Model and recipe are those of "Cramming: Training a Language Model on a Single GPU in One Day"
-(Geiping & Goldstein, arXiv 2212.14034, version 2), or with --recipe modern our own, which learns
-faster: RECIPES has what it changes. How the paper's differs from an ordinary BERT:
+The default recipe, `crammed`, is that of "Cramming: Training a Language Model on a Single GPU in
+One Day" (Geiping & Goldstein, arXiv 2212.14034, version 2). What is special about it:
 
 - pre-norm blocks, biases only in the norms, a gated FFN, no head; fixed sinusoid positions with one
   learned scale;
 - rows without padding; a quarter of the tokens is masked, and only that quarter is decoded;
-- one clock: learning rate and batch size follow the share of the time budget that is spent.
+- one clock: learning rate and batch size are functions of the fraction of the budget that is spent.
 
-One H200 trains at 730,000 tokens a second, 46 % of its peak; README.md has what comes of it, with
-the commands. The sections: settings, model, recipe (masks, schedules, optimizers), data, training,
-what the training loop calls, what to do with the finished model, command line.
+`modern` and `electra` are our own recipes and learn faster (RECIPES has what they change, README.md
+what they reach): rotary positions and Muon; `electra` also trains on replaced-token detection.
+
+Sections: 1 settings, 2 model, 3 recipe, 4 data, 5 training, 6 what the loop calls, 7 the finished
+model, 8 command line.
 """
 
 import argparse
@@ -34,12 +34,14 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.processors import TemplateProcessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -56,115 +58,130 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass
 class Settings:
-    """Every setting of a run. Each is a flag of the same name, its comment the flag's help."""
+    """All settings of a run. Each is a flag of the same name, and its comment is the flag's help.
 
-    recipe: str = "crammed"  # crammed: the paper's; modern: ours, with other defaults below
+    The defaults are those of --recipe crammed.
+    """
+
+    recipe: str = "crammed"  # crammed: the paper's; modern, electra: ours, with the changes below
 
     # Budget
     hours: float = 24.0  # wall-clock budget in hours, compilation included
-    steps: int = 0  # budget in optimizer steps instead, which makes a run repeatable; 0 = --hours
+    steps: int = 0  # budget in optimizer steps, which makes a run reproducible; 0: use --hours
 
     # Folders
     data: str = "data"  # what prepare.py wrote
     out: str = "out"  # where last.pt, ckpt.pt and log.jsonl go
 
     # Model: paper section 4.2
-    model: str = "crammed"  # crammed: sinusoid positions; modernbert: rotary ones, a head
+    model: str = "crammed"  # crammed: sinusoid positions; modernbert: rotary positions, a head
     layers: int = 16  # transformer blocks
     width: int = 768  # C, channels
-    heads: int = 12  # attention heads of width / heads channels
+    heads: int = 12  # attention heads, each of width / heads channels
+
+    # Objective
+    objective: str = "mlm"  # mlm: masked language modelling; rtd: replaced-token detection
+    generator_layers: int = 6  # rtd: blocks of the generator, which proposes the replacements
+    generator_width: int = 256  # rtd: its channels, in heads of 64
+    rtd_weight: float = 50.0  # rtd: weight of the discriminator's loss (ELECTRA)
 
     # Optimization: paper section 4.3
-    optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and head, all else adamw
+    optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and heads, adamw elsewhere
     batch: int = 8192  # rows per optimizer step after the ramp
-    ramp: float = 0.6  # share of the budget in which the batch grows, by 16ths; 0: no growth
+    ramp: float = 0.6  # fraction of the budget in which the batch grows, by 16ths; 0: no ramp
     lr: float = 1e-3  # peak learning rate
-    lr_start: float = 0.25  # rate to start with, as a share of --lr
-    warmup: float = 0.75  # share of the budget until the peak
-    decay: float = 0.25  # last share of the budget, in which the rate falls to zero
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    lr_start: float = 0.25  # initial learning rate as a fraction of --lr
+    warmup: float = 0.75  # fraction of the budget until the peak
+    decay: float = 0.25  # last fraction of the budget, in which the rate falls to zero
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradients
     beta2: float = 0.98  # AdamW: decay of the mean of their squares
     eps: float = 1e-12  # AdamW: added to the root of that
     weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on norms
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
-    mask_rate: float = 0.25  # share of tokens to guess; BERT has 15 %, but sees each row often
-    mask_replace: float = 0.8  # share of these that becomes <mask>; half the rest is random tokens
-    order: str = "file"  # of the first pass: file, as prepare.py sorted it; or random
+    mask_rate: float = 0.25  # fraction of tokens to predict; BERT's 15 % is for many epochs
+    mask_replace: float = 0.8  # of these become <mask>; half of the others become random tokens
+    order: str = "file"  # of the first pass: file (as prepare.py sorted it) or random
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: speed and rounding only; but each type of device draws weights and masks of its own
-    microbatch: int = 512  # rows per forward pass; halved until it fits into the card's memory
+    # Machine: speed and rounding only, but each type of device draws its own weights and masks
+    microbatch: int = 512  # rows per forward pass; on CUDA halved until a step fits in memory
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
-    compile: bool | None = None  # torch.compile; if not given, on for CUDA cards from Volta on
-    save_minutes: float = 5.0  # between saves of last.pt; more if saving costs over 1 % of the time
+    compile: bool | None = None  # torch.compile; by default on for CUDA cards from Volta on
+    save_minutes: float = 5.0  # between saves of last.pt
 
 
+MODERN = {  # chosen in runs of two to ten minutes
+    "model": "modernbert", "optimizer": "muon", "order": "random",
+    "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
+    "weight_decay": 0.5,  # at 0.05 the loss is the same, but the model fine-tunes badly
+    "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
+}
 RECIPES = {  # what a recipe sets where the command line does not
     "crammed": {},
-    "modern": {  # chosen at two to ten minutes; for a day see "What a day wants" in README.md
-        "model": "modernbert", "optimizer": "muon", "order": "random",
-        "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
-        "weight_decay": 0.5,  # with 0.05 the loss is the same, but the model fine-tunes badly
-        "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
-    },
-}
-
-MILESTONES = {  # said at the start of a run that changes nothing of its recipe
-    "crammed": "validation loss in ten minutes on an H200, on the text of README.md: 6.7 at 20 %, "
-               "6.4 at 50 %,\n5 to 6 at 80 %, 4.1 to 4.7 at the end\n"
-               "the paper's day on an A6000 ends at a training loss of 1.9 to 2.0",
-    "modern": "validation loss in ten minutes on an H200, on the text of README.md: 4.7 at 5 %, "
-              "3.8 at 10 %,\n3.4 at 20 %, 3.0 at 50 %, 2.5 at the end",
+    "modern": MODERN,
+    "electra": {**MODERN, "objective": "rtd", "mask_rate": 0.15, "lr": 1e-3},
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 
 
 class CramError(Exception):
-    """Something the user can mend; the message says what and how."""
+    """An error the user can fix; the message says how."""
 
 
 # ---------------------------------------------------------------------------------------- 2. Model
 
 
 class CrammedBERT(nn.Module):
-    """encode: token ids (B, T) -> hidden states (B, T, C); logits: -> (B, T, V); forward: -> the
-    loss of masked rows. 119.6 M parameters at the paper's size.
+    """A BERT of 119.6 M parameters at the paper's size.
 
-    With --model modernbert it is what Hugging Face transformers calls ModernBERT, with global
-    attention everywhere: rotary positions instead of the sinusoid, norms without bias, no norm at
-    the entrance of the first block (the embedding's has just done it), a head before the decoder.
+    `encode` maps token ids (B, T) to hidden states (B, T, C), `logits` maps them to (B, T, V), and
+    `forward` is the masked language modelling loss.
+
+    With --model modernbert this is what Hugging Face transformers calls ModernBERT, with global
+    attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
+    at the entrance of the first block (the embedding's norm is there), a head before the decoder.
+
+    A model that shares the embedding of a wider one (the generator of replaced-token detection)
+    reads it through a projection, and its head leads back to the wider one's channels.
     """
 
-    def __init__(self, s, vocab_size, seq_len):
+    loss_names = ("loss",)  # of what forward returns, in the log; the first is minimised
+
+    def __init__(self, s, vocab_size, seq_len, shared_embed=None):
         super().__init__()
         self.modernbert = modernbert = s.model == "modernbert"
-        norm = functools.partial(
-            nn.LayerNorm, s.width, eps=1e-5 if modernbert else 1e-12, bias=not modernbert)
+        norm = functools.partial(nn.LayerNorm, eps=1e-5 if modernbert else 1e-12,
+                                 bias=not modernbert)
         self.seq_len = seq_len
-        self.embed = nn.Embedding(vocab_size, s.width)
+        self.embed = shared_embed or nn.Embedding(vocab_size, s.width)
+        C, embed_C = s.width, self.embed.embedding_dim
         if modernbert:
-            self.register_buffer("rotary", rotary(seq_len, s.width // s.heads), persistent=False)
+            self.register_buffer("rope", rope_table(seq_len, C // s.heads), persistent=False)
         else:
             self.position_scale = nn.Parameter(torch.empty(()))
-            self.register_buffer("sinusoid", sinusoid(seq_len, s.width), persistent=False)
-        self.embed_norm = norm()
-        self.dropout = nn.Dropout(0.0)  # off in pretraining; finetune_glue.py turns all on
-        self.blocks = nn.ModuleList(Block(s, norm) for _ in range(s.layers))
+            self.register_buffer("sinusoid", sinusoid(seq_len, C), persistent=False)
+        self.project = nn.Linear(embed_C, C, bias=False) if shared_embed else nn.Identity()
+        self.embed_norm = norm(C)
+        self.dropout = nn.Dropout(0.0)  # off in pretraining; finetune_glue.py turns it on
+        self.blocks = nn.ModuleList(Block(C, s.heads, norm) for _ in range(s.layers))
         if modernbert:
             self.blocks[0].norm1 = nn.Identity()
-        self.final_norm = norm()
-        self.head = (nn.Sequential(nn.Linear(s.width, s.width, bias=False), nn.GELU(), norm())
-                     if modernbert else nn.Identity())
+        self.final_norm = norm(C)
+        self.head = (nn.Sequential(nn.Linear(C, embed_C, bias=False), nn.GELU(), norm(embed_C))
+                     if modernbert or shared_embed else nn.Identity())
+        if s.objective == "rtd":
+            self.score = nn.Parameter(torch.empty(C))
+            self.score_bias = nn.Parameter(torch.empty(1))
         self.init_weights()
 
     def init_weights(self):
-        """N(0, 0.02) for every matrix; norms begin as 1 and 0, the position scale as 1/sqrt(C).
-        With --model modernbert each block begins as the identity: what it adds to x is zero."""
+        """N(0, 0.02) for every matrix; norms start at 1 and 0, the position scale at 1/sqrt(C).
+        With --model modernbert each block starts as the identity: what it adds to x is zero."""
         for name, p in self.named_parameters():
             if self.modernbert and name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.zeros_(p)
@@ -173,60 +190,85 @@ class CrammedBERT(nn.Module):
             elif p.ndim == 0:
                 nn.init.constant_(p, self.embed.embedding_dim**-0.5)
             else:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                nn.init.constant_(p, 0.0 if name.endswith(("bias", "score")) else 1.0)
 
-    def encode(self, ids, keep=None, positions=None):
-        """Hidden states (B, T, C) of ids (B, T); keep (B, T) is False where there is padding.
-        With positions (B, M), only theirs: (B, M, C)."""
+    def encode(self, ids, attention_mask=None, positions=None):
+        """Hidden states (B, T, C) of ids (B, T). attention_mask (B, T) is False at padding.
+        With positions (B, M), only the states there: (B, M, C)."""
         T = ids.shape[1]
         if T > self.seq_len:
             raise CramError(f"{T} tokens, but this model reads at most {self.seq_len}")
-        x, cos_sin = self.embed(ids), None
+        x, rope = self.project(self.embed(ids)), None
         if self.modernbert:
-            cos_sin = self.rotary[:, :T]
+            rope = self.rope[:, :T]
         else:
             x = x + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
         if torch.is_autocast_enabled(x.device.type):  # half the memory traffic between the blocks
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if keep is not None:
-            keep = keep[:, None, None, :]  # for every head and every query
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # for every head and every query
         for block in self.blocks[:-1]:
-            x = block(x, keep, cos_sin)
-        x = self.blocks[-1](x, keep, cos_sin, positions)  # what is not decoded stops there
+            x = block(x, attention_mask, rope)
+        x = self.blocks[-1](x, attention_mask, rope, positions)
         return self.final_norm(x)
 
     def decode(self, x):
-        """Logits (..., V) of hidden states (..., C), with the embedding as the last matrix."""
+        """Logits (..., V) of hidden states (..., C). The embedding is also the last matrix."""
+        if hasattr(self, "score"):
+            raise CramError("a model trained with --objective rtd guesses no tokens: it has no "
+                            "logits, but `replaced` says which tokens do not fit")
         return F.linear(self.head(x), self.embed.weight)
 
-    def logits(self, ids, keep=None):
-        """Logits (B, T, V) at every position; keep as in `encode`."""
-        return self.decode(self.encode(ids, keep))
+    def logits(self, ids, attention_mask=None):
+        """Logits (B, T, V) at every position; attention_mask as in `encode`."""
+        return self.decode(self.encode(ids, attention_mask))
 
-    def forward(self, ids, positions, targets):
-        """Mean cross-entropy, in nats, of targets (B, M) at positions (B, M) of rows ids (B, T).
+    def forward(self, ids, positions, targets, uniform=None):
+        """Mean cross-entropy (1,), in nats, of targets (B, M) at positions (B, M) of rows ids
+        (B, T): what `mask_tokens` returns. (uniform is for `Electra`.)
 
-        Only these are decoded: 6 % of all work, where decoding every position would be 20 %.
+        Only these positions are decoded: 6 % of all work, where decoding every position takes 20 %.
         """
         logits = self.decode(self.encode(ids, positions=positions))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())[None]
+
+    def replaced_logits(self, ids, attention_mask=None):
+        """Logits (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
+        x = self.head(self.encode(ids, attention_mask))
+        return (x.float() * self.score).sum(-1) + self.score_bias
+
+    def replaced(self, ids, attention_mask=None):
+        """Probability (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
+        return self.replaced_logits(ids, attention_mask).sigmoid()
+
+    def flops_per_token(self, decoded):
+        """Floating-point operations to train on one token, forward and backward, where the
+        decoder sees the fraction `decoded` of the tokens.
+
+        6 for each weight of the blocks, 12·T·C a layer for the two products of attention, 6 for
+        each weight of the decoder: 623 M at the paper's size and a quarter decoded. (The last FFN
+        is counted in full, 2.6 % more than is computed; head and projection, 0.2 %, are not.)
+        """
+        weights = sum(p.numel() for p in self.blocks.parameters())
+        attention = 12 * len(self.blocks) * self.seq_len * self.final_norm.normalized_shape[0]
+        return 6 * weights + attention + 6 * decoded * self.embed.weight.numel()
 
 
 class Block(nn.Module):
-    """Pre-norm: the sum x runs through all blocks without a norm in its way."""
+    """Pre-norm: the residual stream x passes through all blocks without a norm."""
 
-    def __init__(self, s, norm):
+    def __init__(self, width, heads, norm):
         super().__init__()
-        self.norm1 = norm()
-        self.attention = Attention(s.width, s.heads)
-        self.norm2 = norm()
-        self.ffn = GatedFFN(s.width)
+        self.norm1 = norm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = norm(width)
+        self.ffn = GatedFFN(width)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x, keep, cos_sin, positions=None):
-        y = self.attention(self.norm1(x), keep, cos_sin)
-        if positions is not None:  # in the last block: nobody looks at the others any more
+    def forward(self, x, attention_mask, rope, positions=None):
+        y = self.attention(self.norm1(x), attention_mask, rope)
+        if positions is not None:  # in the last block: the other positions are no longer needed
             positions = positions[:, :, None].expand(-1, -1, x.shape[2])
             x, y = x.gather(1, positions), y.gather(1, positions)  # (B, M, C)
         x = x + self.dropout(y)
@@ -234,33 +276,28 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token looks at every token of its row, also across documents (as in the paper)."""
+    """Every token attends to every token of its row, also across documents (as in the paper)."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.dropout = nn.Dropout(0.0)  # only its p: the attention kernel drops
+        self.dropout = nn.Dropout(0.0)  # holds p; scaled_dot_product_attention applies it
         self.q, self.k, self.v, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, x, keep, cos_sin):
+    def forward(self, x, attention_mask, rope):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, self.heads, C // self.heads).transpose(1, 2)
                    for linear in (self.q, self.k, self.v))
-        if cos_sin is not None:
-            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         x = F.scaled_dot_product_attention(  # each (B, heads, T, D), D = C / heads
-            q, k, v, attn_mask=keep, dropout_p=self.dropout.p if self.training else 0.0
-        )
+            q, k, v, attn_mask=attention_mask, dropout_p=self.dropout.p if self.training else 0.0)
         return self.out(x.transpose(1, 2).reshape(B, T, C))
 
 
 class GatedFFN(nn.Module):
-    """up(x) · GELU(gate(x)): one half of the inner layer opens and closes the other.
-
-    Two matrices, where others split the output of one: the backward pass then has no gradients to
-    copy together.
-    """
+    """GeGLU: up(x) · GELU(gate(x)). Separate matrices save concatenating their gradients."""
 
     def __init__(self, width):
         super().__init__()
@@ -282,58 +319,103 @@ def sinusoid(seq_len, width):
 ROPE_THETA = 10_000.0  # RoFormer's base: pair i turns by THETA**(-2i/D) radians a position
 
 
-def rotary(seq_len, D):
+def rope_table(seq_len, D):
     """Cosine and sine (2, T, D / 2) of the angle that each pair of channels turns by (RoFormer)."""
     angles = torch.arange(seq_len)[:, None] * ROPE_THETA ** (-torch.arange(0, D, 2) / D)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, cos_sin):
-    """x (B, heads, T, D) with the pairs of channels (i, i + D / 2) turned by their position, so
+def apply_rope(x, rope):
+    """x (B, heads, T, D) with the pairs of channels (i, i + D / 2) rotated by their position, so
     that the product of a query and a key depends on how far apart they are."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos_sin  # float32, where x may be bf16
+    cos, sin = rope  # float32, where x may be bf16
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def flops_per_token(model, s, seq_len):
-    """Floating-point operations to train on one token, forward and backward.
+class Electra(nn.Module):
+    """Replaced-token detection (ELECTRA, Clark et al. 2020, arXiv 2003.10555).
 
-    6 for each weight of the blocks, 12·T·C a layer for the two products of attention, and the
-    decoder for the share of tokens it sees: 623 M at the paper's size. (The last FFN is counted
-    in full, 2.6 % more than is computed; the head of modernbert, 0.2 %, is not.)
+    A small generator learns to guess the masked tokens. What it guesses replaces them, and the
+    discriminator, the model we want, learns to tell for *every* token whether it was replaced. A
+    correct guess counts as original. Both read one embedding, which gets the gradients of both.
     """
-    weights = sum(p.numel() for p in model.blocks.parameters())
-    decoder = model.embed.weight.numel() * round(s.mask_rate * seq_len) / seq_len
-    return 6 * weights + 12 * s.layers * seq_len * s.width + 6 * decoder
+
+    loss_names = ("loss", "loss_generator", "loss_discriminator", "found", "replaced")
+
+    def __init__(self, s, vocab_size, seq_len):
+        super().__init__()
+        self.rtd_weight = s.rtd_weight
+        self.discriminator = CrammedBERT(s, vocab_size, seq_len)
+        self.generator = CrammedBERT(
+            replace(s, objective="mlm", layers=s.generator_layers, width=s.generator_width,
+                    heads=s.generator_width // 64 or 1),
+            vocab_size, seq_len, shared_embed=self.discriminator.embed)
+
+    def forward(self, ids, positions, targets, uniform):
+        """What `mask_tokens` returns -> (5,): the loss to minimise, its parts (the generator's
+        cross-entropy and the discriminator's binary cross-entropy, means in nats), and the
+        fractions of all tokens that were found replaced, and that were replaced."""
+        guesses = self.generator.decode(self.generator.encode(ids, positions=positions))
+        generator_loss = F.cross_entropy(guesses.flatten(0, 1), targets.flatten())
+
+        sampled = sample_tokens(guesses, uniform)
+        shown = ids.scatter(1, positions, sampled)
+        replaced = torch.zeros_like(ids).scatter(1, positions, (sampled != targets).long())
+
+        logits = self.discriminator.replaced_logits(shown)
+        rtd_loss = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
+        found = (logits.detach() > 0) * replaced
+        return torch.stack([
+            generator_loss + self.rtd_weight * rtd_loss, generator_loss.detach(),
+            rtd_loss.detach(), found.float().mean(), replaced.float().mean()])
+
+    def flops_per_token(self, decoded):
+        return self.generator.flops_per_token(decoded) + self.discriminator.flops_per_token(0)
+
+
+@torch.no_grad()
+def sample_tokens(logits, uniform):
+    """Token ids (B, M), drawn from softmax(logits (B, M, V)) by the uniform numbers (B, M) in
+    [0, 1): where uniform falls in the cumulative distribution.
+
+    float32, since sums in bf16 are off by up to 0.97 in total variation. The last sum is not
+    exactly 1: without scaling by it and clamping, id V comes up some 6 times in a million.
+    """
+    cdf = logits.float().softmax(-1).cumsum(-1)
+    at = uniform.float()[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf, at, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
+
+
+def build_model(s, vocab_size, seq_len):
+    return (Electra if s.objective == "rtd" else CrammedBERT)(s, vocab_size, seq_len)
 
 
 # --------------------------------------------------------------------------------------- 3. Recipe
 
 
 def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
-    """Choose tokens to guess, as many in every row, which keeps shapes static: with the paper's
-    settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (80/10/10 of BERT).
-    All rows of a step are drawn at once, so that the masks do not depend on how the step is cut
-    into microbatches. (Validation has masks of its own, see validation_set.)
+    """Choose the tokens to predict, equally many in every row, which keeps shapes static: with the
+    paper's settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (BERT's
+    80/10/10). All rows of a step are drawn at once, so that masks do not depend on the microbatch.
 
-    rows (B, T) -> inputs (B, T), positions (B, M), targets (B, M); M = round(mask_rate * T)
+    rows (B, T) -> inputs (B, T), positions, targets and uniform numbers for `Electra` (B, M);
+    M = round(mask_rate * T)
     """
     B, T = rows.shape
     M = max(1, round(mask_rate * T))
     n_mask = round(mask_replace * M)
     n_random = (M - n_mask) // 2
+    draw = {"device": rows.device, "generator": generator}
 
-    noise = torch.rand(B, T, device=rows.device, generator=generator)
+    noise = torch.rand(B, T, **draw)
     positions = noise.topk(M, dim=1).indices  # in random order, so that slices are random too
     targets = rows.gather(1, positions)
 
     shown = targets.clone()
     shown[:, :n_mask] = MASK
-    shown[:, n_mask : n_mask + n_random] = torch.randint(
-        vocab_size, (B, n_random), device=rows.device, generator=generator
-    )
-    return rows.scatter(1, positions, shown), positions, targets
+    shown[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, (B, n_random), **draw)
+    return rows.scatter(1, positions, shown), positions, targets, torch.rand(B, M, **draw)
 
 
 def mask_seed(seed, step):
@@ -341,40 +423,38 @@ def mask_seed(seed, step):
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1  # int64
 
 
-def lr_at(f, s):
-    """Learning rate at the share f of the budget: up, flat, down to zero.
+def lr_at(progress, s):
+    """Learning rate when the fraction `progress` of the budget is spent: up, flat, down to zero.
 
     The paper's (config bert-o4) is lr · min(0.25 + f, 4 (1 - f)), with its peak at f = 0.75.
     """
-    up = s.lr_start + (1 - s.lr_start) * f / s.warmup if s.warmup else 1.0
-    down = (1 - f) / s.decay if s.decay else 1.0
+    up = s.lr_start + (1 - s.lr_start) * progress / s.warmup if s.warmup else 1.0
+    down = (1 - progress) / s.decay if s.decay else 1.0
     return s.lr * max(0.0, min(up, 1.0, down))
 
 
-def batch_at(f, s):
-    """Rows per step at the share f of the budget; the paper's: 512, 1024, ... 8192 at f = 0.5625
-    (15/16 of the ramp).
+def batch_at(progress, s):
+    """Rows per step when the fraction `progress` of the budget is spent. The paper's: 512, 1024,
+    ... 8192 from progress 0.5625 on (15/16 of the ramp).
 
-    Small batches learn more per token at first, large ones at the end. In the original the size of
-    a stair is the microbatch, a hidden setting; here it is 1/16 of the batch, whatever the card.
+    In the original the height of a stair is the microbatch, a hidden setting; here it is 1/16 of
+    the batch, whatever the card.
     """
-    stairs = min(1 + int(16 * f / s.ramp), 16) if s.ramp else 16
+    stairs = min(1 + int(16 * progress / s.ramp), 16) if s.ramp else 16
     return max(1, s.batch * stairs // 16)
 
 
-def build_optimizers(model, s, team):
-    """AdamW for everything; with --optimizer muon, Muon for the matrices of blocks and head (Q, K
-    and V one by one), AdamW for the rest: norms, and the embedding, which is also the decoder.
-    Muon's work is shared among the team, the processes of the run (section 6)."""
-    matrices = []
-    if s.optimizer == "muon":
-        matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
-    taken = set(matrices)
-    others = [p for p in model.parameters() if p not in taken]
+def build_optimizers(model, s):
+    """AdamW; with --optimizer muon, Muon for the matrices of blocks, heads and projection (Q, K and
+    V one by one), and AdamW for the rest: norms, and the embedding, which is also the decoder."""
+    named = list(model.named_parameters())
+    matrices = {p: None for name, p in named  # a set that keeps the order
+                if s.optimizer == "muon" and p.ndim == 2 and not name.endswith("embed.weight")}
+    others = [p for _, p in named if p not in matrices]
     groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
               {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]  # norms
     adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
-    return [adamw, Muon(matrices, s.lr, s.weight_decay, team)] if matrices else [adamw]
+    return [adamw, Muon([*matrices], s.lr, s.weight_decay)] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -382,16 +462,15 @@ class Muon(torch.optim.Optimizer):
 
     The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
     size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
-    This one takes all matrices of a shape in one batch and 7 ms a step on an H200, that one takes
-    them one by one and 51 ms. Each process of a team orthogonalizes its share of them.
+    torch's takes the matrices one by one and 51 ms a step on an H200; this one takes all matrices
+    of a shape in one batch and 7 ms. Each process orthogonalizes its share of them.
     """
 
-    def __init__(self, matrices, lr, weight_decay, team, momentum=0.95):
-        self.team = team
-        shapes = {}
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        by_shape = {}
         for p in matrices:
-            shapes.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": same} for same in shapes.values()],
+            by_shape.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": same} for same in by_shape.values()],
                          {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -403,17 +482,23 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - beta)
-            ahead = grad.lerp(state["momentum"], beta)  # as Nesterov
-            update = self.team.gather(orthogonalize(self.team.share(ahead)), len(params))
-            size = 0.2 * max(params[0].shape) ** 0.5  # root mean square 0.2, as AdamW's
+            update = grad.lerp(state["momentum"], beta)  # Nesterov
+            if WORLD_SIZE == 1:
+                update = orthogonalize(update)
+            else:  # each process has its matrices and zeros elsewhere, and the sum has all
+                mine = orthogonalize(my_rows(update))
+                update = mine.new_zeros(update.shape)
+                my_rows(update).copy_(mine)
+                all_reduce(update)
+            scale = 0.2 * max(params[0].shape) ** 0.5  # root mean square 0.2, as AdamW's
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * size)
+            torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * scale)
 
 
 def orthogonalize(x):
     """Bring the singular values of matrices x (N, rows, columns) near 1: five Newton-Schulz steps
-    x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is good enough for them,
-    but very slow where the chip has no bf16."""
+    x <- a x + b (x x') x + c (x x')² x with Jordan's coefficients. bf16 is precise enough, but
+    very slow where the chip has no bf16."""
     tall = x.shape[1] > x.shape[2]
     if has_bf16(x.device):
         x = x.bfloat16()
@@ -428,478 +513,534 @@ def orthogonalize(x):
 
 # ----------------------------------------------------------------------------------------- 4. Data
 
-VAL_ROWS = 4096  # validation looks at the first so many rows of val.bin ...
-VAL_MASK_RATE = 0.15  # ... with this share masked, whatever the recipe masks
+VAL_ROWS = 4096  # validation uses the first rows of val.bin, ...
+VAL_MASK_RATE = 0.15  # ... with this fraction masked, whatever the recipe
 
 
 class Data:
-    """What prepare.py wrote: rows (N, T) uint16 to train and validate on, and their tokenizer."""
+    """What prepare.py wrote: rows (N, T) uint16 for training and validation, and the tokenizer."""
 
     def __init__(self, folder):
         folder = Path(folder)
         if not (folder / "meta.json").exists():
-            raise CramError(f"no prepared data in {folder}: run prepare.py --out {folder} first")
+            raise CramError(f"no prepared data in {folder}: name its folder with --data, or make "
+                            f"it with prepare.py --out {folder}")
         try:
             meta = json.loads((folder / "meta.json").read_text())
             self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
-            self.source = meta["source"]
             self.unigram_entropy = meta["unigram_entropy"]
             self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
+            sizes = {"train.bin": meta["train_rows"], "val.bin": meta["val_rows"]}
         except (ValueError, KeyError, TypeError):
             raise CramError(f"{folder}/meta.json is damaged: copy it again, or delete {folder} and "
                             "run prepare.py again") from None
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
-        self.train = self.open_rows(folder / "train.bin", meta["train_rows"])
-        self.val = self.check_ids(self.open_rows(folder / "val.bin", meta["val_rows"])[:VAL_ROWS])
-
-    def open_rows(self, path, count):
-        size, expected = path.stat().st_size, count * self.seq_len * 2
-        if size != expected or not count:
-            raise CramError(f"{path} has {size:,} bytes and should have {expected:,} ({count:,} "
-                            f"rows of {self.seq_len}): copy it again, or run prepare.py again")
-        return np.memmap(path, "<u2", "r").reshape(count, self.seq_len)
+        for name, rows in sizes.items():
+            size, expected = (folder / name).stat().st_size, rows * self.seq_len * 2
+            if size != expected or not rows:
+                raise CramError(f"{folder}/{name} has {size:,} bytes and should have {expected:,}: "
+                                "copy it again, or run prepare.py again")
+        self.train, val = (np.memmap(folder / name, "<u2", "r").reshape(-1, self.seq_len)
+                           for name in sizes)
+        self.val = self.check_ids(val[:VAL_ROWS])
 
     def check_ids(self, rows):
-        """The rows, if the embedding has a vector for each id: a GPU would die of it without saying
-        why."""
+        """Return the rows. Out-of-range ids would cause an obscure device-side assert on a GPU."""
         if rows.max() >= self.vocab_size:
             raise CramError(f"token id {rows.max()} in the data, but its tokenizer ends at "
                             f"{self.vocab_size - 1}: run prepare.py again")
         return rows
 
+    def read(self, position, count, s):
+        """Rows (count, T) int32 from a position of the run on."""
+        numbers = row_numbers(position, count, len(self.train), s)
+        return torch.from_numpy(self.check_ids(self.train[numbers]).astype(np.int32))
 
-class RowOrder:
-    """Which row of train.bin comes at which position of a run.
 
-    The first pass reads the file in its order, the paper's curriculum; a budget too short for all
-    of it takes every `stride`-th row, so as to get to its end. Later passes are random orders, and
-    with --order random there are no others. (prepare.py has sorted the file; train sets the
-    stride.)
+def row_numbers(position, count, n_rows, s):
+    """Which rows of train.bin are at the positions from `position` on.
 
-    In the first pass, row = start_row + (position - start) * stride.
+    The first pass over the data is in the order of the file, the paper's curriculum (short
+    sentences first); later passes, and all with --order random, are random permutations.
     """
-
-    def __init__(self, n_rows, s):
-        self.n_rows, self.seed = n_rows, s.seed
-        self.start, self.start_row, self.stride = 0, 0, 1.0
-        if s.order == "random":
-            self.start_row = n_rows  # the first pass has nothing left to read
-
-    def first_pass_end(self):
-        return self.start + math.ceil((self.n_rows - self.start_row) / self.stride)
-
-    def fit(self, position, rows_left):
-        """From `position` on, stride so that the rows that the budget still takes end with the
-        file."""
-        if position < self.first_pass_end():
-            self.start_row = int(self.rows_at(position, 1)[0])
-            self.start = position
-            self.stride = max(1.0, (self.n_rows - self.start_row) / max(1, rows_left))
-
-    def rows_at(self, position, count):
-        """Row numbers of the positions from `position` on."""
-        parts = []
-        while count:
-            left = self.first_pass_end() - position  # of the first pass; below 0 it is long over
-            if left > 0:
-                offsets = np.arange(position, position + min(left, count)) - self.start
-                rows = self.start_row + (offsets * self.stride).astype(np.int64)
-                parts.append(np.minimum(rows, self.n_rows - 1))  # a product may round up
-            else:
-                later_pass, offset = divmod(-left, self.n_rows)
-                order = permutation(self.n_rows, self.seed, later_pass)
-                parts.append(order[offset : offset + count])
-            position += len(parts[-1])
-            count -= len(parts[-1])
-        return np.concatenate(parts)
+    parts = []
+    while count:
+        n_pass, start = divmod(position, n_rows)
+        if s.order == "file" and n_pass == 0:
+            parts.append(np.arange(start, min(start + count, n_rows)))
+        else:
+            order = permutation(n_rows, s.seed, n_pass - (s.order == "file"))
+            parts.append(order[start : start + count])
+        position += len(parts[-1])
+        count -= len(parts[-1])
+    return np.concatenate(parts)
 
 
-@functools.lru_cache(2)  # 8 bytes a row each; two, as what is read may span two passes
-def permutation(n_rows, seed, later_pass):
-    return np.random.default_rng((seed, later_pass)).permutation(n_rows)
+@functools.lru_cache(2)  # 8 bytes a row each; two, because a batch may span two passes
+def permutation(n_rows, seed, number):
+    return np.random.default_rng((seed, number)).permutation(n_rows)
+
+
+def next_position(position, batch, rows_left, n_rows, s):
+    """Where the batch after the one at `position` begins; rows_left is what the budget still takes,
+    this batch included.
+
+    If that is less than the rest of the file, the first pass skips evenly ahead, so that a short
+    budget sees the whole curriculum: from 0.3 passes on each fifth of the file gets its share to
+    within 5 %, but the last up to a tenth less, as whole batches end before the file does. With
+    --hours a budget of one pass skips 3 % of the rows, because the speed of a step is noisy.
+    """
+    if s.order == "random" or position >= n_rows:
+        return position + batch
+    return position + max(batch, int(batch * (n_rows - position) / max(rows_left, batch)))
 
 
 def validation_set(data, device):
-    """Rows, positions and targets that are the same on every machine and for every recipe."""
-    rows = torch.from_numpy(data.val.astype(np.int64))
+    """What `mask_tokens` returns, but the same on every machine and for every recipe."""
+    rows, rng = torch.from_numpy(data.val.astype(np.int64)), np.random.default_rng(0)
     M = max(1, round(VAL_MASK_RATE * data.seq_len))
-    positions = torch.from_numpy(np.random.default_rng(0).random(rows.shape).argsort(1)[:, :M])
+    positions = torch.from_numpy(rng.random(rows.shape).argsort(1)[:, :M])
+    uniform = torch.from_numpy(rng.random(positions.shape)).float()
     inputs, targets = rows.scatter(1, positions, MASK), rows.gather(1, positions)
-    return [x.to(device) for x in (inputs, positions, targets)]
+    return [x.to(device) for x in (inputs, positions, targets, uniform)]
 
 
 # ------------------------------------------------------------------------------------- 5. Training
 
-SAVE_SHARE = 0.01  # of the time may go into saving last.pt
 MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
 
 
 @dataclass
-class Run:
-    """Where a run stands: its numbers, beside weights, optimizer and clock."""
+class TrainState:
+    """Where a run stands, beside its weights, optimizers and clock."""
 
     step: int = 0
-    rows: int = 0  # taken so far, which is the position in the data
-    elapsed_s: float = 0.0  # on the clock, when last.pt was written
+    rows: int = 0  # trained on so far
+    position: int = 0  # in the data, of the next step's first row (see row_numbers)
     lr: float = 0.0  # of the last step
-    batch: int = 0
-    s_per_row: float = 0.0
-    skipped: int = 0  # steps whose loss or gradient was not finite ...
-    skipped_in_a_row: int = 0  # ... since the last good one
-    loss: float | None = None  # what the last line of the log said
-    tokens_per_s: float = 0.0
-    loss_sum: float = 0.0  # since that line
-    loss_steps: int = 0
-    timed_rows: int = 0  # rows and seconds of training until that line
-    timed_s: float = 0.0
+    batch: int = 0  # of the last step
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    log_bytes: int = 0  # length of log.jsonl
+    losses: list = field(default_factory=list)  # means since the last line of the log ...
+    loss_steps: int = 0  # ... over so many steps
+
+    def add(self, losses):
+        """Take the losses of a step into their means."""
+        self.loss_steps += 1
+        self.losses = [mean + (loss - mean) / self.loss_steps
+                       for mean, loss in zip(self.losses or losses, losses)]
 
 
-@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest comes first
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest first
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved=None):
-    """Train by the settings s from the start, or go on from what last.pt holds."""
-    clock = Clock(saved["run"]["elapsed_s"], saved["clock"]) if saved else Clock()
-
+    """Train by the settings s from the start, or resume from the contents of last.pt."""
+    clock = Clock(saved and saved["clock"])  # the budget counts from here to the last update
     with clock.part("start"):
-        data, out = Data(s.data), Path(s.out)
-        out.mkdir(parents=True, exist_ok=True)
         device, dtype, peak_flops = find_device(s.device, s.precision)
-        team = Team(device)
-        if batch_at(0, s) < team.size:
-            raise CramError(f"{batch_at(0, s)} rows in a step, too few for {team.size} processes")
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+        join_processes(s, device)
+        data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
+        val_set = validation_set(data, device)
         torch.manual_seed(s.seed)
         with device:  # the CPU would take seconds to draw 120 M weights
-            model = CrammedBERT(s, data.vocab_size, data.seq_len)
+            model = build_model(s, data.vocab_size, data.seq_len)
+        check_free_disk(out, model)
+        optimizers = build_optimizers(model, s)
         use_compile = can_compile(device) if s.compile is None else s.compile
         compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # the compiler's; nothing to mend
-        optimizers = build_optimizers(model, s, team)
+        warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        generator = torch.Generator(device)  # of the masks
-        val_set = validation_set(data, device)
-        order = RowOrder(len(data.train), s)
-        run, budget_changed, resumed_at = Run(), True, 0
-        if saved:
-            before = saved["settings"]
-            budget_changed = (s.hours, s.steps) != (before["hours"], before["steps"])
-            run = restore(saved, s, data, model, optimizers, scaler, order)
-            resumed_at = run.step
-            print(f"resuming after step {run.step:,}, at {clock.elapsed() / 3600:.2f} h")
+        mask_generator, state = torch.Generator(device), TrainState()
 
-    budget_s = s.hours * 3600
-    # A line of the log at least every 2 % of the budget, and with --steps every 100 steps, with
-    # --hours every minute
-    interval = min(0.02, 100 / s.steps if s.steps else 60 / budget_s)
-    flops = flops_per_token(model, s, data.seq_len)
-    if peak_flops:
-        peak_flops *= team.size
+    def forward_backward(rows, microbatch):
+        """Forward and backward of this process's share of rows (B, T). Leaves its part of the
+        gradient in the parameters, and returns its part of the mean losses over all B rows."""
+        mask_generator.manual_seed(mask_seed(s.seed, state.step))
+        ids = rows.to(device, non_blocking=True).long()
+        masked = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
+        total = 0.0
+        for micro in zip(*(my_rows(x).split(microbatch) for x in masked)):
+            with autocast:
+                losses = compiled(*micro) * (len(micro[0]) / len(rows))
+            scaler.scale(losses[0]).backward()
+            total = total + losses.detach()
+        return total
+
     microbatch = s.microbatch
-    log = open_log(out / "log.jsonl", run.step) if team.rank == 0 else None
-    stop = Stop()
+    if use_compile or device.type == "cuda":
+        with clock.part("compile"):
+            microbatch = find_microbatch(s, data.seq_len, model, optimizers, forward_backward)
+    if saved:
+        state = restore(saved, s, data, model, optimizers, scaler)
+        say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
-    def progress(elapsed):
-        return run.step / s.steps if s.steps else elapsed / budget_s
-
-    def save_last():
-        lost = run.skipped_in_a_row and not scaler.is_enabled()  # fp16 skips a step now and then
-        if lost or not all(p.isfinite().all() for p in model.parameters()):
-            raise CramError("loss or weights are not finite: the run has broken down, and is not "
-                            "saved. Resume a last.pt from before, or start again with a smaller "
-                            "--lr and another --out")
-        if team.rank:
-            return
-        with clock.part("save"):
-            run.elapsed_s = clock.elapsed()
-            save_whole(out / "last.pt", {
-                "settings": asdict(s), "data": data.identity, "run": asdict(run),
-                "clock": clock.parts, "order": (order.start, order.start_row, order.stride),
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                "scaler": scaler.state_dict()})
-
-    # A thread reads the next rows while the card computes. How many a step takes is known only
-    # when it begins, so as many are read as it can take. In pinned memory they can be copied to the
-    # card without waiting for it.
+    # A thread reads the next rows while the card computes. It reads the most that a step may take,
+    # because the clock decides the batch. From pinned memory rows are copied without waiting.
     reader = ThreadPoolExecutor(1)
 
     def read(position):
-        rows = data.check_ids(data.train[order.rows_at(position, s.batch)])
-        rows = torch.from_numpy(rows.astype(np.int32))
+        rows = data.read(position, s.batch, s)
         return rows.pin_memory() if device.type == "cuda" else rows
 
-    def forward_backward(rows):
-        """Forward and backward of this process's share of a step. Returns its part of the mean loss
-        over all rows, and leaves its part of the gradient in the parameters; None if a stop was
-        asked for. The masks are drawn for the rows of all processes."""
-        generator.manual_seed(mask_seed(s.seed, run.step))
-        rows = rows.to(device, non_blocking=device.type == "cuda").long()
-        masked = mask_tokens(rows, s.mask_rate, s.mask_replace, data.vocab_size, generator)
-        share = [team.share(x) for x in masked]
-        total = torch.zeros((), device=device)
-        for i in range(0, len(share[0]), microbatch):
-            if stop.asked and team.size == 1:  # several stop together, between steps
-                return None
-            micro = [x[i : i + microbatch] for x in share]
-            with autocast:
-                loss = compiled(*micro) * (len(micro[0]) / len(rows))
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def forward_backward_that_fits(rows):
-        """The same, with half as many rows at a time until the card's memory holds them."""
-        nonlocal microbatch
-        while True:
-            full = False
-            try:
-                total = forward_backward(rows)
-            except RuntimeError as error:  # each kind of device has a class of its own for this
-                full = "out of memory" in str(error).lower()
-                if not full:
-                    raise
-            # Not in the except clause: there the traceback still holds the tensors of the step
-            if not any(team.agree(full)):
-                return total
-            tried = min(microbatch, -(-len(rows) // team.size))  # a step may be smaller
-            microbatch = tried // 2
-            if not microbatch:
-                raise CramError("a single row at a time does not fit into the card's memory")
-            print(f"out of memory: {microbatch} rows at a time from here on, the same recipe")
-            model.zero_grad()
-            torch.compiler.reset()  # knowing both sizes it would write slower code, for any size
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    def progress_at(elapsed):
+        return state.step / s.steps if s.steps else elapsed / budget_s
 
     def log_line(elapsed, with_validation):
-        """Write a line of the log; returns it."""
-        if run.loss_steps:
-            run.loss, run.loss_sum, run.loss_steps = run.loss_sum / run.loss_steps, 0.0, 0
-        if run.rows > run.timed_rows:
-            seconds = clock.training_s() - run.timed_s
-            run.tokens_per_s = (run.rows - run.timed_rows) * data.seq_len / seconds
-            run.timed_rows, run.timed_s = run.rows, run.timed_s + seconds
-        entry = {"step": run.step, "tokens": run.rows * data.seq_len,
-                 "elapsed_s": elapsed, "progress": progress(elapsed), "lr": run.lr,
-                 "batch": run.batch, "loss": run.loss, "tokens_per_s": run.tokens_per_s,
-                 "mfu": run.tokens_per_s * flops / peak_flops if peak_flops else None}
+        metrics = {}
         if with_validation:
             with clock.part("validate"):
-                entry["val_loss"] = validate(model, autocast, val_set, microbatch, team)
-        if team.rank == 0:
-            print(log_row(entry), flush=True)
-            try:
-                log.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                print(f"log.jsonl: {error}; training goes on")
-        return entry
+                metrics = validate(model, autocast, val_set, microbatch)
+        return log.write(state, elapsed, progress_at(elapsed), clock.training_s(), metrics)
 
-    def set_stride(rows_left):
-        order.fit(run.rows, rows_left)
-        total = run.rows + rows_left
-        print(f"the budget takes {total:,.0f} rows, {total / len(data.train):.2f} passes over the "
-              "data" + (f": one row in {order.stride:.1f}" if order.stride > 1.05
-                        and run.rows < order.first_pass_end() else ""))
+    def save_last():
+        if RANK == 0:
+            with clock.part("save"):
+                save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
 
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    card = f"{team.size} x {card}" if team.size > 1 else card
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {card}, "
-          f"{str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
-          f"{len(data.train):,} rows of {data.seq_len} tokens\n"
-          f"knowing only how frequent each token is gives loss {data.unigram_entropy:.3f}, the "
-          "unigram entropy")
-    recipe = Settings(**{"recipe": s.recipe, **RECIPES[s.recipe]})
-    if all(getattr(s, f.name) == getattr(recipe, f.name) for f in fields(s)
-           if f.name not in {"seed", *FREE_ON_RESUME}):
-        print(MILESTONES[s.recipe])
-    # With --steps the rows to come are known now, and only a new budget changes them; with --hours
-    # they depend on the speed, and are planned once that is known, again in each session
-    stride_is_set = bool(s.steps)
-    if s.steps and budget_changed:
-        set_stride(sum(batch_at(k / s.steps, s) for k in range(run.step, s.steps)))
-    if run.step and budget_changed:
-        print("another budget: the schedule goes on at what is spent / the new budget")
-    if use_compile:
-        # A step on zeros, without an update, compiles what it runs. Where microbatches are of
-        # several sizes a second one follows: then the compiler writes code for any size
-        with clock.part("compile"):
-            sizes = microbatch_sizes(s, microbatch, team)
-            for size in sorted({min(sizes), max(sizes)}):
-                rows = torch.zeros(size * team.size, data.seq_len, dtype=torch.int32)
-                forward_backward_that_fits(rows).item()
-                model.zero_grad()
-
-    fetched = reader.submit(read, run.rows)
-    saved_at = time.monotonic()
-    first_rows, first_s = run.rows, clock.training_s()  # of this session
-    logged_at = progress(team.agree(clock.elapsed())[0])
-    print(LOG_HEADER)
-    stop.listen()  # before this there is nothing to save, and Ctrl-C just leaves
-
-    # --- The loop
+    print_header(s, data, model, device, dtype, use_compile, microbatch)
+    log = Log(s, data, model, state, clock, progress_at(clock.elapsed()), peak_flops)
+    rows_planned = state.rows + sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
+    s_per_row, skipped_in_a_row, saved_at = 0.0, 0, time.monotonic()
+    fetched = reader.submit(read, state.position)
+    stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        save_due = (team.rank == 0 and clock.parts["save"] < SAVE_SHARE * clock.elapsed()
-                    and time.monotonic() - saved_at > 60 * s.save_minutes
-                    and not run.skipped_in_a_row)  # it may be breaking down
-        elapsed, run.s_per_row, save_due, stop_asked = team.agree(
-            clock.elapsed(), run.s_per_row, save_due, stop.asked)
-        f = progress(elapsed)
-        validation_due = int(20 * f) > int(20 * logged_at)
-        log_due = validation_due or int(f / interval) > int(logged_at / interval)
-        if log_due and f < 1 and run.step:
-            logged_at = f
-            log_line(elapsed, validation_due)
-        if stop_asked:
+        # 1. The processes agree on the time, the speed, and whether to stop
+        elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
+
+        # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
+        progress = progress_at(elapsed)
+        batch, lr = batch_at(progress, s), lr_at(progress, s)
+        too_late = not s.steps and elapsed + batch * s_per_row > budget_s
+        if stopping or progress >= 1 or too_late:  # no step may finish after the deadline
             break
-        if save_due:
+
+        # 3. Rows; those of the next step are read meanwhile
+        began = time.monotonic()
+        rows = fetched.result()[:batch]
+        if s.steps:
+            rows_left = rows_planned - state.rows
+        else:  # the first step of a session does not know its speed, and skips nothing
+            rows_left = (budget_s - elapsed) / s_per_row if s_per_row else math.inf
+        position = next_position(state.position, batch, rows_left, len(data.train), s)
+        fetched = reader.submit(read, position)
+
+        # 4. Gradients, summed over the processes
+        try:
+            losses = forward_backward(rows, microbatch)
+        except torch.OutOfMemoryError:
+            save_last()  # nothing of this step has reached the weights
+            raise CramError(f"out of memory after step {state.step:,}, which is saved: continue "
+                            f"with --resume --microbatch {microbatch // 2 or 1}") from None
+        all_sum([p.grad for p in model.parameters()] + [losses])
+
+        # 5. Update the weights
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one wait for the card
+        if math.isfinite(losses[0]) and math.isfinite(norm):
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            state.add(losses)
+            skipped_in_a_row = 0
+        else:
+            state.skipped += 1
+            skipped_in_a_row += 1
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise CramError(f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not "
+                                "finite: the run has diverged. Resume it from last.pt, or start "
+                                "again with a smaller --lr and another --out")
+        scaler.update()
+        model.zero_grad()
+
+        # 6. Count, log, validate, save
+        state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
+        state.lr, state.batch, s_per_row = lr, batch, (time.monotonic() - began) / batch
+        elapsed = all_max(clock.elapsed())[0]
+        line_due, validation_due = log.due(progress_at(elapsed))
+        if line_due:
+            log_line(elapsed, validation_due)
+            state.log_bytes, state.loss_steps = log.file.tell(), 0
+        if time.monotonic() - saved_at > 60 * s.save_minutes:
             try:
                 save_last()
             except OSError as error:
-                print(f"{error}; training goes on, the last.pt from before is kept")
+                say(f"{error}; training continues, the older last.pt is kept")
             saved_at = time.monotonic()
-        if log_due or save_due:  # that took time, and what follows goes by the clock
-            elapsed = team.agree(clock.elapsed())[0]
-            f = progress(elapsed)
 
-        lr, batch = lr_at(f, s), batch_at(f, s)
-        too_late = not s.steps and elapsed + batch * run.s_per_row > budget_s
-        if f >= 1 or too_late:
-            break
-
-        if not stride_is_set and f > 0.01 and run.rows - first_rows >= 5 * batch:
-            stride_is_set = True
-            seconds = team.agree(clock.training_s() - first_s)[0]
-            set_stride(max(0, budget_s - elapsed) * (run.rows - first_rows) / seconds)
-            fetched = reader.submit(read, run.rows)  # what was read by the old order is dropped
-
-        # The step
-        began = clock.training_s()
-        rows = fetched.result()[:batch]  # the rest will be read again
-        fetched = reader.submit(read, run.rows + batch)
-        loss = forward_backward_that_fits(rows)
-        if loss is None:
-            stop_asked = True  # nothing of this step has reached the weights: it will come again
-            break
-        team.sum([p.grad for p in model.parameters()] + [loss])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the card, fp16 aside
-        if math.isfinite(loss) and math.isfinite(norm):  # the scaler looks for itself, in fp16
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            run.loss_sum += loss
-            run.loss_steps += 1
-            run.skipped_in_a_row = 0
-        else:
-            run.skipped += 1
-            run.skipped_in_a_row += 1
-            if run.skipped_in_a_row == MAX_SKIPPED:
-                raise CramError(f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row: "
-                                "the run has broken down. Resume it from last.pt, or start again "
-                                "with a smaller --lr and another --out")
-        scaler.update()
-        model.zero_grad()
-        run.step += 1
-        run.rows += batch
-        run.lr, run.batch = lr, batch
-        run.s_per_row = (clock.training_s() - began) / batch
-
-    # --- The end
-
-    elapsed = clock.elapsed()  # what follows is not counted, and a resume does not pay for it
-    parts = {"train": clock.training_s(), **clock.parts}
+    clock.stop()
     reader.shutdown(cancel_futures=True)
-    if not run.step and not stop_asked:
-        raise CramError("the budget was over before the first step")
-    if run.step == resumed_at and not stop_asked and step_of_checkpoint(out) == run.step:
-        print(f"the budget holds no further step: {out / 'ckpt.pt'} stays as it is")
+    if stopping:
+        save_last()
+        say(f"stopped after step {state.step:,} and saved; continue with --resume")
         return
+    if not state.step:
+        raise CramError("the budget was over before the first step")
+
+    # The model comes before the last last.pt: a disk that holds only one keeps the model. And that
+    # last.pt does not know of the last line: a resume with a larger budget cuts it off.
+    result = log_line(clock.elapsed(), with_validation=True)
+    if not math.isfinite(result["val_loss"]):
+        raise CramError(f"the validation loss is {result['val_loss']}: the run has diverged, no "
+                        "ckpt.pt is written. Start again with a smaller --lr and another --out")
+    if RANK == 0:
+        save_atomic(out / "ckpt.pt", finished(s, data, model, result))
     try:
         save_last()
     except OSError as error:
-        if stop_asked:
-            raise
-        print(f"{error}; the run cannot be extended later")  # the model itself may still fit
-    if stop_asked:
-        print(f"stopped after step {run.step:,} and saved; go on with --resume")
-        return
-
-    last = log_line(elapsed, with_validation=True)
-    if not math.isfinite(last["val_loss"]):
-        raise CramError(f"the validation loss is {last['val_loss']}: the run has broken down, no "
-                        "ckpt.pt is written. Start again with a smaller --lr and another --out")
-    if team.rank == 0:
-        save_whole(out / "ckpt.pt", {
-            "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
-            "tokenizer": data.tokenizer_json, "model": model.state_dict(), "result": last,
-            "card": card, "source": data.source})
-
-    tokens, cuda = run.rows * data.seq_len, device.type == "cuda"
-    memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else "n/a"
-    exaflop = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
-    print(f"""
-tokens           {tokens:,} in {run.rows:,} rows, {run.rows / len(data.train):.2f} passes
-steps            {run.step:,}, of which {run.skipped:,} skipped
-wall clock       {elapsed:.1f} s of {f'{s.steps:,} steps' if s.steps else f'{budget_s:.1f} s'}
-                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
-after the clock  {clock.elapsed() - elapsed:.1f} s for the final validation and checkpoint
-peak memory      {memory}
-exaFLOP          {exaflop} as the paper counts (peak x time), {tokens * flops / 1e18:.3g} used
-training loss    {'n/a' if last['loss'] is None else f"{last['loss']:.3f}"}
-validation loss  {last['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
-wrote            {out / 'ckpt.pt'}""")
+        say(f"{error}; this run cannot be continued later")
+    print_summary(s, data, model, state, clock, result, device, peak_flops)
 
 
 # -------------------------------------------------------------------------- 6. What the loop calls
 
 
-@torch.no_grad()
-def validate(model, autocast, val_set, rows_at_once, team):
-    """Mean cross-entropy, in nats, over the masked tokens of the validation set. The model is not
-    the compiled one: to compile what validation runs would take longer than that saves."""
-    total, n = torch.zeros((), dtype=torch.float64), len(val_set[0])
-    mine = [team.share(x) for x in val_set]
-    for i in range(0, len(mine[0]), rows_at_once):
-        part = [x[i : i + rows_at_once] for x in mine]
-        with autocast:
-            total += model(*part).item() * len(part[0]) / n
-    team.sum([total])
-    return total.item()
+def find_microbatch(s, seq_len, model, optimizers, forward_backward):
+    """The rows per forward pass that fit in memory: --microbatch, or a half, a quarter, ... of it.
+
+    Tries what a step holds at most: the activations of a microbatch beside gradients and optimizer
+    states, and the optimizers' temporaries. On the way this compiles the code for the run. With
+    gradients and a learning rate of zero the optimizers move no weight.
+    """
+    microbatch = s.microbatch
+    while microbatch:
+        full = False
+        try:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            all_sum([p.grad for p in model.parameters()])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.0
+                optimizer.step()
+            sizes = microbatch_sizes(s, microbatch)
+            for size in sorted({min(sizes), max(sizes)}):  # two sizes: code for any size
+                rows = torch.zeros(size * WORLD_SIZE, seq_len, dtype=torch.int32)
+                forward_backward(rows, microbatch)
+            nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
+        except torch.OutOfMemoryError:
+            full = True
+        model.zero_grad()  # not in the except clause: there the traceback holds the activations
+        for optimizer in optimizers:
+            optimizer.state.clear()
+        if not all_max(full)[0]:
+            return microbatch
+        microbatch //= 2
+        say(f"out of memory: trying {microbatch} rows per forward pass, which changes no result")
+        torch.compiler.reset()  # knowing both sizes it would write slower code, for any size
+        torch.cuda.empty_cache()
+    raise CramError("a single row per forward pass does not fit in the card's memory")
 
 
-def microbatch_sizes(s, microbatch, team):
+def microbatch_sizes(s, microbatch):
     """The sizes of all microbatches of the run, up to a row; the same in every process."""
-    batches = {batch_at(s.ramp * (k + 0.5) / 16, s) // team.size for k in range(16)}  # each stair
+    batches = {batch_at(s.ramp * (k + 0.5) / 16, s) // WORLD_SIZE for k in range(16)}  # each stair
     return {n for b in batches for n in (min(b, microbatch), (b - 1) % microbatch + 1)}
 
 
-def restore(saved, s, data, model, optimizers, scaler, order):
-    """Put what last.pt holds in its places; returns the Run."""
+@torch.no_grad()
+def validate(model, autocast, val_set, rows_at_once):
+    """The model's means over the validation set, as entries of the log. Not compiled: that would
+    take longer than it saves."""
+    total = torch.zeros(len(model.loss_names), dtype=torch.float64)
+    for micro in zip(*(my_rows(x).split(rows_at_once) for x in val_set)):
+        with autocast:
+            total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
+    all_sum([total])
+    if len(total) == 1:
+        return {"val_loss": total.item()}
+    _, generator_loss, rtd_loss, found, replaced = total.tolist()
+    return {"val_loss": generator_loss, "val_rtd_loss": rtd_loss,
+            "val_rtd_recall": found / replaced if replaced else 0.0}
+
+
+class Clock:
+    """Seconds of the budget, without the time between sessions.
+
+    What is not start-up, compilation, validation or saving is training. After `stop` nothing counts
+    any more: final validation and checkpoints cost no budget, and a resume does not pay for them.
+    """
+
+    def __init__(self, saved=None):
+        saved = saved or {"elapsed_s": 0.0, "parts": dict.fromkeys(
+            ("start", "compile", "validate", "save"), 0.0)}
+        self.parts, self.stopped = saved["parts"], None
+        self.zero = time.monotonic() - saved["elapsed_s"]
+
+    def elapsed(self):
+        return (self.stopped or time.monotonic()) - self.zero
+
+    def training_s(self):
+        return self.elapsed() - sum(self.parts.values())
+
+    def stop(self):
+        self.stopped = time.monotonic()
+
+    def saved(self):
+        return {"elapsed_s": self.elapsed(), "parts": self.parts}
+
+    @contextlib.contextmanager
+    def part(self, name):
+        began = self.elapsed()
+        try:
+            yield
+        finally:
+            self.parts[name] += self.elapsed() - began
+
+
+class Stop:
+    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second signal
+    ends the process at once. Ignored signals stay ignored: nohup and the shell's & rely on it."""
+
+    def __init__(self):
+        self.asked = False
+        signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        self.signals = [n for n in signals if n and signal.getsignal(n) != signal.SIG_IGN]
+        for number in self.signals:
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        for number in self.signals:
+            signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
+            os.write(1, b"\nstopping after this step; once more to leave at once\n")
+
+
+# Several processes, one for each GPU, when torchrun starts them. All hold the same weights and go
+# through the same steps, each with its share of the rows; rank 0 prints, logs and saves.
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(s, device):
+    if WORLD_SIZE > 1:
+        if device.type == "mps":
+            raise CramError("torchrun needs CUDA cards, or --device cpu")
+        if batch_at(0, s) < WORLD_SIZE:
+            raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
+        # gloo carries the numbers of all_max, NCCL what is on the cards
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def my_rows(x):
+    """This process's share of the first dimension."""
+    return x[len(x) * RANK // WORLD_SIZE : len(x) * (RANK + 1) // WORLD_SIZE]
+
+
+def all_max(*numbers):
+    """For each number the largest of all processes; for booleans: whether any is True."""
+    if WORLD_SIZE == 1:
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def all_sum(tensors):
+    """Replace the tensors by their sums over the processes, all in one message.
+
+    DistributedDataParallel would send the first gradients while the last are still computed, but a
+    compiled backward pass hands them over all at once.
+    """
+    if WORLD_SIZE > 1:
+        vector = nn.utils.parameters_to_vector(tensors)
+        all_reduce(vector)
+        nn.utils.vector_to_parameters(vector, tensors)
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:
+        raise CramError(f"rank {RANK} has lost another process of the run ({error}). When the "
+                        "cause is fixed, continue with --resume") from None
+
+
+def say(text):
+    """Print, in the process of rank 0. A screen that cannot be written never ends a run: the
+    terminal was closed, a disk behind nohup is full, `| head` has seen enough."""
+    if RANK == 0:
+        try:
+            print(text, flush=True)
+        except (OSError, ValueError):  # what waits in the stream would fail again at exit
+            sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def lock_folder(out):
+    """Make the folder, and let one run at a time write there.
+
+    The lock ends with the process, however that ends: with lockf also if a forked child lives on.
+    Nothing else may open the lock file, since closing it anywhere in this process would release the
+    lock. Windows has no such locks, and a file system without them gets a warning.
+    """
+    if RANK:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except (BlockingIOError, PermissionError):
+            raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
+                            "--out") from None
+        except OSError as error:
+            say(f"{out} cannot be locked ({error}): start no other run there")
+        yield
+
+
+def check_free_disk(out, model):
+    """Refuse to start where the checkpoints will not fit. 28 bytes a parameter: 12 for last.pt
+    (weights and two moments), of which an old and a new one exist while saving, 4 for ckpt.pt."""
+    needed = 28 * sum(p.numel() for p in model.parameters())
+    there = sum(path.stat().st_size for path in out.glob("*.pt"))
+    free = shutil.disk_usage(out).free
+    if RANK == 0 and free + there < needed:
+        raise CramError(f"{out} has {free / 1e9:.1f} GB free, and its checkpoints need "
+                        f"{(needed - there) / 1e9:.1f} GB: make room, or give another --out")
+
+
+def restore(saved, s, data, model, optimizers, scaler):
+    """Put the contents of last.pt where they belong; returns the TrainState."""
     differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
     if differs:
         raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
                         + " and ".join(differs))
-    order.start, order.start_row, order.stride = saved["order"]
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
-    if saved["scaler"]:  # empty if the run was in another precision
+    if saved["scaler"]:  # empty if the run had another precision
         scaler.load_state_dict(saved["scaler"])
-    run = Run(**saved["run"])
+    state = TrainState(**saved["state"])
     saved.clear()  # 1.4 GB
-    return run
+    return state
 
 
-def save_whole(path, content):
-    """Write beside the place, flush to the disk, rename: there whole or not at all.
+def save_run(path, s, data, state, clock, model, optimizers, scaler):
+    """Write last.pt, all that a resume needs. Weights that are not finite do not replace it."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise CramError(f"the weights are not finite: the run has diverged, and {path} is kept as "
+                        "it was. Resume it, or start again with a smaller --lr and another --out")
+    save_atomic(path, {
+        "settings": asdict(s), "data": data.identity, "state": asdict(state),
+        "clock": clock.saved(), "model": model.state_dict(), "scaler": scaler.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
-    Raises OSError if it cannot be written; what was there before is then still there.
-    """
+
+def save_atomic(path, content):
+    """Save atomically: temporary file, fsync, rename. Raises OSError if it cannot be written;
+    what was there before is then still there."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
@@ -912,14 +1053,8 @@ def save_whole(path, content):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def step_of_checkpoint(out):
-    """The step at which ckpt.pt was written; None where there is none that can be read."""
-    with contextlib.suppress(CramError, KeyError):
-        return load_whole(out / "ckpt.pt")["result"]["step"]
-
-
-def load_whole(path):
-    """A dictionary that save_whole wrote. Code that a stranger put into the file is not run."""
+def load_file(path):
+    """A dictionary that save_atomic wrote. Code that a stranger put into the file is not run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}")
     try:
@@ -929,154 +1064,50 @@ def load_whole(path):
                         f"({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
         raise CramError(f"{path} is not a checkpoint of cram.py")
-    differs = set(content["settings"]) ^ {f.name for f in fields(Settings)}
-    if differs:
-        raise CramError(f"{path} was made by another version of cram.py: {', '.join(differs)}")
+    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    if unknown:  # what is missing takes its default: an earlier version did not have it
+        raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
     return content
 
 
-class Clock:
-    """Seconds since the run began, time between sessions left out.
+class Log:
+    """A line every 2 % of the budget, and every minute with --hours or every 100 steps with
+    --steps; validation every 5 %. Lines go to the screen and to log.jsonl, in rank 0."""
 
-    It starts before the data is opened and the model built; the budget counts it up to the last
-    update. What is not start-up, compilation, validation or saving is training.
-    """
+    def __init__(self, s, data, model, state, clock, progress, peak_flops):
+        self.interval = min(0.02, 100 / s.steps if s.steps else 1 / (60 * s.hours))
+        self.progress, self.rows, self.seconds = progress, state.rows, clock.training_s()
+        self.seq_len, self.names = data.seq_len, model.loss_names
+        self.mfu_per_token = peak_flops and (
+            model.flops_per_token(s.mask_rate) / peak_flops / WORLD_SIZE)
+        path = os.devnull if RANK else Path(s.out) / "log.jsonl"
+        self.file = open(path, "ab", buffering=0)
+        if RANK == 0:  # a resume cuts off what was written after last.pt
+            self.file.truncate(min(self.file.tell(), state.log_bytes))
+            self.file.seek(0, os.SEEK_END)
 
-    def __init__(self, elapsed=0.0, parts=None):
-        self.zero = time.monotonic() - elapsed
-        self.parts = parts or {"start": 0.0, "compile": 0.0, "validate": 0.0, "save": 0.0}
+    def due(self, progress):
+        """Whether a line is due, and whether with a validation. (The last line of a run comes after
+        the loop.)"""
+        before, self.progress = self.progress, progress
+        validation = int(20 * progress) > int(20 * before)
+        line = validation or int(progress / self.interval) > int(before / self.interval)
+        return line and progress < 1, validation
 
-    def elapsed(self):
-        return time.monotonic() - self.zero
-
-    def training_s(self):
-        return self.elapsed() - sum(self.parts.values())
-
-    @contextlib.contextmanager
-    def part(self, name):
-        began = time.monotonic()
+    def write(self, state, elapsed, progress, training_s, metrics):
+        rows, seconds = state.rows - self.rows, training_s - self.seconds
+        tokens_per_s = rows * self.seq_len / seconds if rows else 0.0
+        self.rows, self.seconds = state.rows, training_s
+        entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
+                 "progress": progress, "lr": state.lr, "batch": state.batch,
+                 **dict(zip_longest(self.names, state.losses)), "tokens_per_s": tokens_per_s,
+                 "mfu": self.mfu_per_token and tokens_per_s * self.mfu_per_token, **metrics}
+        say(log_row(entry))
         try:
-            yield
-        finally:
-            self.parts[name] += time.monotonic() - began
-
-
-class Team:
-    """The processes of a run, one for each GPU, when torchrun starts several; else one, alone.
-
-    All hold the same weights and go through the same steps, each with its share of the rows. The
-    one of rank 0 prints, logs and saves.
-    """
-
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1:
-            if device.type == "mps":
-                raise CramError("torchrun needs CUDA cards, or --device cpu")
-            if self.rank:
-                sys.stdout = open(os.devnull, "w")
-            # gloo carries numbers of this program, NCCL what is on the cards
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-            self.sum([torch.zeros(1, device=device)])  # NCCL takes its memory now, not at step 1
-
-    def share(self, rows):
-        """This process's part of something that can be sliced."""
-        n = len(rows)
-        return rows[n * self.rank // self.size : n * (self.rank + 1) // self.size]
-
-    def agree(self, *numbers):
-        """For each number the largest of all processes; for booleans: whether any is True."""
-        if self.size == 1:
-            return numbers
-        numbers = torch.tensor(numbers, dtype=torch.float64)
-        self.call(dist.all_reduce, numbers, dist.ReduceOp.MAX)
-        return numbers.tolist()
-
-    def sum(self, tensors):
-        """Replace the tensors by their sums over the processes, all in one message.
-
-        DistributedDataParallel would send the first gradients while the last are still computed,
-        but a compiled backward pass hands them over all at once.
-        """
-        if self.size > 1:
-            vector = nn.utils.parameters_to_vector(tensors)
-            self.call(dist.all_reduce, vector)
-            nn.utils.vector_to_parameters(vector, tensors)
-
-    def gather(self, mine, n):
-        """All n of something, of which each process has computed its share."""
-        if self.size == 1:
-            return mine
-        whole = mine.new_zeros(n, *mine.shape[1:])
-        self.share(whole).copy_(mine)
-        self.call(dist.all_reduce, whole)  # the others have zeros there
-        return whole
-
-    def call(self, collective, *arguments):
-        try:
-            collective(*arguments)
-        except RuntimeError as error:
-            raise CramError(f"rank {self.rank} has lost another process of the run ({error}). When "
-                            "what ended it is mended, go on with --resume") from None
-
-
-class Stop:
-    """Ctrl-C and the like ask for a stop before the next microbatch (of several processes: the next
-    step); a second one leaves at once.
-
-    Signals that are ignored stay so: nohup and the shell's & count on it.
-    """
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]  # Windows has no SIGHUP
-
-    def __init__(self):
-        self.asked = False
-
-    def listen(self):
-        self.heard = [n for n in self.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-        for number in self.heard:
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
-        for number in self.heard:
-            signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
-            os.write(1, b"\nstopping; once more to leave at once\n")
-
-
-class Screen:
-    """sys.stdout, and nowhere once it cannot be written: a run under nohup whose disk is full, one
-    with `| head` behind it, or one that saves because its terminal was closed, goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # what could not be written waits in the stream, and would fail at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def open_log(path, step):
-    """log.jsonl to append to: new, or on a resume without the lines after the step of last.pt, and
-    without what is no line of a log."""
-    kept = []
-    for line in path.read_text().splitlines() if step and path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in kept))
-    os.replace(part, path)
-    return open(path, "a", buffering=1)
+            self.file.write(json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            say(f"log.jsonl: {error}; training continues")
+        return entry
 
 
 LOG_HEADER = (
@@ -1094,6 +1125,38 @@ def log_row(e):
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
     return (f"{' '.join(times)} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
+
+
+def print_header(s, data, model, device, dtype, use_compile, microbatch):
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(dtype).removeprefix("torch.")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
+        f"{microbatch} rows per forward pass\n"
+        f"{len(data.train):,} rows of {data.seq_len} tokens; always predicting the frequencies of "
+        f"the tokens gives loss {data.unigram_entropy:.3f}, the unigram entropy")
+    say(LOG_HEADER)
+
+
+def print_summary(s, data, model, state, clock, result, device, peak_flops):
+    elapsed, tokens = clock.elapsed(), result["tokens"]
+    parts = {"train": clock.training_s(), **clock.parts}
+    budget = f"{s.steps:,} steps" if s.steps else f"{3600 * s.hours:.1f} s"
+    memory = (f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+              if device.type == "cuda" else "n/a")
+    peak = f"{elapsed * peak_flops * WORLD_SIZE / 1e18:.3f}" if peak_flops else "n/a"
+    used = tokens * model.flops_per_token(s.mask_rate) / 1e18
+    say(f"""
+tokens           {tokens:,} in {state.rows:,} rows, {state.rows / len(data.train):.2f} passes
+steps            {state.step:,}, of which {state.skipped:,} skipped
+wall clock       {elapsed:.1f} s of {budget}
+                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
+after the clock  {time.monotonic() - clock.stopped:.1f} s for the final validation and checkpoint
+peak memory      {memory}
+exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
+training loss    {result['loss'] or math.nan:.3f}
+validation loss  {result['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
+wrote            {Path(s.out) / 'ckpt.pt'}""")
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
@@ -1123,14 +1186,13 @@ def find_device(name, precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     peak = None
     if device.type == "cuda" and dtype != torch.float32:
-        card = torch.cuda.get_device_name(device)
-        peak = next((1e12 * tflops for name, tflops in PEAK_TFLOPS.items()
-                     if re.search(rf"\b{name}\b", card)), None)
+        peak = next((1e12 * tflops for card, tflops in PEAK_TFLOPS.items()
+                     if re.search(rf"\b{card}\b", torch.cuda.get_device_name(device))), None)
     return device, dtype, peak
 
 
 def has_bf16(device):
-    """Whether it is a card that has bf16 itself: torch emulates it on Turing, very slowly."""
+    """Whether the card has bf16 itself: torch emulates it on Turing, very slowly."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -1143,6 +1205,30 @@ def can_compile(device):
 # --------------------------------------------------------------------------- 7. The finished model
 
 
+def finished(s, data, model, result):
+    """What ckpt.pt holds. Of `Electra` the model is the discriminator, with the generator beside."""
+    networks = {"model": model}
+    if s.objective == "rtd":
+        networks = {"model": model.discriminator, "generator": model.generator}
+    return {"settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
+            "tokenizer": data.tokenizer_json, "result": result,
+            **{name: network.state_dict() for name, network in networks.items()}}
+
+
+def load_finished(path, device):
+    """The model of ckpt.pt, its generator or None, both in evaluation mode, and the tokenizer."""
+    content = load_file(path)
+    if "tokenizer" not in content:
+        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
+    model = build_model(Settings(**content["settings"]), content["vocab_size"], content["seq_len"])
+    model, generator = model.to(device).eval(), None
+    if isinstance(model, Electra):
+        model, generator = model.discriminator, model.generator
+        generator.load_state_dict(content["generator"])
+    model.load_state_dict(content["model"])
+    return model, generator, Tokenizer.from_str(content["tokenizer"])
+
+
 def load_checkpoint(path, device="cpu"):
     """The finished model, in evaluation mode, and its tokenizer.
 
@@ -1150,27 +1236,31 @@ def load_checkpoint(path, device="cpu"):
 
     Raises CramError if the file is missing, is something else, or holds code.
     """
-    content = load_whole(path)
-    if "tokenizer" not in content:
-        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
-    s = Settings(**content["settings"])
-    model = CrammedBERT(s, content["vocab_size"], content["seq_len"])
-    model.load_state_dict(content["model"])
-    return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
+    model, _, tokenizer = load_finished(path, device)
+    return model, tokenizer
 
 
 @torch.no_grad()
 def fill(path, text, device):
-    """Print the five likeliest tokens for each <mask> of the text."""
-    model, tokenizer = load_checkpoint(path, device)
-    ids = [CLS, *tokenizer.encode(text, add_special_tokens=False).ids, SEP]
-    if MASK not in ids:
+    """Print the five likeliest tokens for each <mask> of the text; for a text without, if the model
+    has learned that, the probability of each word to be a replaced one."""
+    model, generator, tokenizer = load_finished(path, device)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = torch.tensor([[CLS, *encoding.ids, SEP]], device=device)
+    if MASK in encoding.ids:
+        for logits in (generator or model).logits(ids)[ids == MASK]:
+            best = logits.softmax(0).topk(5)
+            say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in zip(
+                best.values.tolist(), best.indices.tolist())))
+    elif generator:
+        words = {}  # of several pieces of a word the likeliest counts
+        for word, p in zip(encoding.word_ids, model.replaced(ids)[0, 1:-1].tolist()):
+            words[word] = max(p, words.get(word, 0.0))
+        for word, p in words.items():
+            start, end = encoding.word_to_chars(word)
+            say(f"{p:6.1%}  {text[start:end]}")
+    else:
         raise CramError('--fill needs a text with a <mask> in it, as "paris is in <mask>."')
-    ids = torch.tensor([ids], device=device)
-    for logits in model.logits(ids)[ids == MASK]:
-        best = logits.softmax(0).topk(5)
-        print("<mask>:", ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in
-                                   zip(best.values.tolist(), best.indices.tolist())))
 
 
 def export(path, folder):
@@ -1178,99 +1268,80 @@ def export(path, folder):
 
     Raises CramError if it is not of that architecture, or the folder is not empty.
     """
-    content, folder = load_whole(path), Path(folder)
-    model, tokenizer = load_checkpoint(path)
-    s, result = Settings(**content["settings"]), content["result"]
-    if s.model != "modernbert":
+    model, generator, tokenizer = load_finished(path, "cpu")
+    if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
-    if folder.exists() and any(folder.iterdir()):
-        raise CramError(f"{folder} is not empty: give --export a new folder")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise CramError(f"{folder} is not empty: give --export a new folder")
 
-    names = {"embed": "model.embeddings.tok_embeddings", "embed_norm": "model.embeddings.norm",
-             "final_norm": "model.final_norm", "head.0": "head.dense", "head.2": "head.norm"}
-    weights = {f"{theirs}.weight": model.get_parameter(f"{ours}.weight")
-               for ours, theirs in names.items()}
+    weights = {"model.embeddings.tok_embeddings": model.embed, "head.dense": model.head[0],
+               "model.embeddings.norm": model.embed_norm, "model.final_norm": model.final_norm,
+               "head.norm": model.head[2]}
+    weights = {f"{name}.weight": module.weight for name, module in weights.items()}
     for i, block in enumerate(model.blocks):
         attention, ffn, layer = block.attention, block.ffn, f"model.layers.{i}."
         joined = {"attn.Wqkv": (attention.q, attention.k, attention.v), "attn.Wo": (attention.out,),
-                  "mlp.Wi": (ffn.gate, ffn.up), "mlp.Wo": (ffn.down,), "mlp_norm": (block.norm2,)}
-        if i:
-            joined["attn_norm"] = (block.norm1,)
-        for name, modules in joined.items():
-            weights[f"{layer}{name}.weight"] = torch.cat([module.weight for module in modules])
-
-    # The safetensors format: the length of a JSON header, the header, the bytes of the tensors
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, weight in weights.items():
-        start, end = end, end + 4 * weight.numel()
-        header[name] = {"dtype": "F32", "shape": weight.shape, "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(folder / "model.safetensors", "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for weight in weights.values():
-            f.write(weight.detach().numpy().astype("<f4").tobytes())
+                  "mlp.Wi": (ffn.gate, ffn.up), "mlp.Wo": (ffn.down,), "mlp_norm": (block.norm2,),
+                  "attn_norm": (block.norm1,) if i else ()}
+        weights |= {f"{layer}{name}.weight": torch.cat([module.weight for module in modules])
+                    for name, modules in joined.items() if modules}
+    config = {"architectures": ["ModernBertForMaskedLM"]}
+    if generator:  # softmax of (0, z) is the sigmoid of z
+        weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
+        weights["classifier.bias"] = F.pad(model.score_bias, (1, 0))
+        config = {"architectures": ["ModernBertForTokenClassification"],
+                  "id2label": {0: "original", 1: "replaced"},
+                  "label2id": {"original": 0, "replaced": 1}}
+    torch.save({name: w.detach().clone() for name, w in weights.items()},
+               folder / "pytorch_model.bin")
 
     theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
-    config = {
-        "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert",
-        "vocab_size": content["vocab_size"], "max_position_embeddings": content["seq_len"],
-        "num_hidden_layers": s.layers, "hidden_size": s.width, "num_attention_heads": s.heads,
-        "intermediate_size": 2 * s.width, "norm_eps": 1e-5, "decoder_bias": False,
-        "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * s.layers,
+    (folder / "config.json").write_text(json.dumps({
+        **config, "model_type": "modernbert", "vocab_size": len(model.embed.weight),
+        "max_position_embeddings": model.seq_len, "num_hidden_layers": len(model.blocks),
+        "hidden_size": model.embed.embedding_dim,
+        "num_attention_heads": model.blocks[0].attention.heads,
+        "intermediate_size": 2 * model.embed.embedding_dim, "norm_eps": 1e-5, "decoder_bias": False,
+        "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * len(model.blocks),
         "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
         "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
         "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
-        "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+        "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}, indent=2))
 
+    tokenizer.decoder = decoders.WordPiece()  # "un ##hash ##able" -> "unhashable"
     tokenizer.post_processor = TemplateProcessing(
         "<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1", [("<cls>", CLS), ("<sep>", SEP)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": content["seq_len"],
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.seq_len,
         "model_input_names": ["input_ids", "attention_mask"], "pad_token": "<pad>",
         "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}))
-
-    (folder / "README.md").write_text(f"""---
-library_name: transformers
-pipeline_tag: fill-mask
----
-A BERT of {sum(p.numel() for p in model.parameters()):,} parameters, trained from scratch by cram.py
-(after "Cramming", arXiv 2212.14034). It has seen no text but the data below, and no other model.
-
-| | |
-|---|---|
-| recipe | {s.recipe} |
-| budget | {f"{s.steps:,} steps" if s.steps else f"{s.hours:g} hours"} |
-| time | {result["elapsed_s"] / 3600:.3g} hours |
-| hardware | {content["card"]} |
-| data | {content["source"]}: {result["tokens"]:,} tokens seen in rows of {content["seq_len"]} |
-| loss | {result["val_loss"]:.3f} nats on its validation text, 15 % of the tokens masked |
-| settings | {", ".join(f"{k} {v}" for k, v in asdict(s).items() if k not in ("data", "out"))} |
-""", encoding="utf-8")
-    print(f"wrote {folder}: AutoModelForMaskedLM.from_pretrained({str(folder)!r}) loads it")
+    kind = config["architectures"][0].replace("ModernBert", "AutoModel")
+    say(f"wrote {folder}: {kind}.from_pretrained({str(folder)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------- 8. Command line
 
 # A resumed run may change these. All others belong to the run and, but for the seed, to its recipe.
-FREE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision", "compile",
-                  "save_minutes"}
+MAY_CHANGE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision",
+                        "compile", "save_minutes"}
 
-CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "optimizer": ("adamw", "muon"),
-           "order": ("file", "random"), "precision": ("auto", "bf16", "fp16", "fp32")}
+CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": ("mlm", "rtd"),
+           "optimizer": ("adamw", "muon"), "order": ("file", "random"),
+           "precision": ("auto", "bf16", "fp16", "fp32")}
 
 
 def check(s):
     """Raise CramError for settings that cannot work."""
     rules = [
-        ("hours layers width heads batch microbatch lr eps clip save_minutes",
-         "a positive number", lambda x: 0 < x < math.inf),
-        ("steps weight_decay", "0 or more", lambda x: 0 <= x < math.inf),
-        ("ramp lr_start warmup decay mask_replace", "a share, from 0 to 1", lambda x: 0 <= x <= 1),
+        ("hours layers width heads generator_layers generator_width batch microbatch lr eps clip "
+         "save_minutes", "a positive number", lambda x: 0 < x < math.inf),
+        ("steps weight_decay rtd_weight", "0 or more", lambda x: 0 <= x < math.inf),
+        ("ramp lr_start warmup decay mask_replace", "a fraction, from 0 to 1",
+         lambda x: 0 <= x <= 1),
         ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
         ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
         ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
@@ -1284,36 +1355,37 @@ def check(s):
         raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
 
 
-def settings_for(given, resume):
-    """The settings of a run, from what was given on the command line, and its last.pt or None."""
-    out = Path(given.get("out", Settings.out))
-    if {"hours", "steps"} <= set(given):
-        raise CramError("give --hours or --steps, not both")
-    if resume:
-        saved = load_whole(out / "last.pt")
-        if "run" not in saved:
-            raise CramError(f"{out}/last.pt is a finished model, not a run under way")
-        base = saved["settings"]
+def resolve_settings(given, saved=None):
+    """The settings of a run: what was given on the command line, over those of last.pt or of the
+    recipe."""
+    given = dict(given)
+    if len({"hours", "minutes", "steps"} & set(given)) > 1:
+        raise CramError("give one of --hours, --minutes and --steps")
+    if "minutes" in given:
+        given["hours"] = given.pop("minutes") / 60
+    base = RECIPES.get(given.get("recipe", Settings.recipe), {})
+    if saved:
+        if "state" not in saved:
+            raise CramError("this last.pt is a finished model, or from an earlier version of "
+                            "cram.py: it cannot be resumed")
+        base = asdict(Settings(**saved["settings"]))
         differs = [f"--{key.replace('_', '-')} {value} (was {base[key]})"
-                   for key, value in given.items() if key not in FREE_ON_RESUME
+                   for key, value in given.items() if key not in MAY_CHANGE_ON_RESUME
                    and value != base[key]]
         if differs:
-            raise CramError(f"{out} cannot be resumed with other settings: {', '.join(differs)}")
+            raise CramError(f"a run cannot be resumed with other settings: {', '.join(differs)}")
         unit, other = ("steps", "hours") if base["steps"] else ("hours", "steps")
         if other in given or given.get("steps") == 0:  # which would mean --hours
-            raise CramError(f"{out} was begun with --{unit}: resume it with that kind of budget")
-    elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
-        raise CramError(f"{out} holds a run: go on with it by --resume, or give another --out")
-    else:
-        saved, base = None, RECIPES.get(given.get("recipe", Settings.recipe), {})
-    s = Settings(**{**base, **given, "out": str(out)})
+            raise CramError(f"this run was begun with --{unit}: resume it with that kind of budget")
+        if given.get(unit, base[unit]) != base[unit]:
+            say("another budget: the schedule continues at elapsed / new budget")
+    s = Settings(**{**base, **given})
     check(s)
-    return s, saved
+    return s
 
 
 def parse_arguments():
     """A flag for each setting, with the comment behind it as its help, on one line."""
-    modern = RECIPES["modern"]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
         usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
@@ -1323,11 +1395,14 @@ def parse_arguments():
         kind = {"type": f.type, "metavar": f.type.__name__} if f.default is not None else {
             "action": argparse.BooleanOptionalAction}
         default = [f"default: {f.default}"] if f.default is not None else []
-        default += [f"modern: {modern[f.name]}"] if f.name in modern else []
+        default += [f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items()
+                    if f.name in recipe]
         help = comments[f.name].replace("%", "%%") + (f" ({'; '.join(default)})" if default else "")
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
+    parser.add_argument("--minutes", type=float, metavar="float",
+                        help="wall-clock budget in minutes instead of --hours")
     parser.add_argument("--resume", action="store_true",
-                        help="go on where the run in --out stopped, with its settings")
+                        help="continue the run in --out where it stopped, with its settings")
     parser.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
                         "<mask> in TEXT, on the CPU unless --device is given, then exit")
     parser.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
@@ -1336,20 +1411,32 @@ def parse_arguments():
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal shows é as \xe9
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = parse_arguments()
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
-    ckpt = Path(given.get("out", Settings.out)) / "ckpt.pt"
-    if text is not None:
-        device, _, _ = find_device(given.get("device", "cpu"), "fp32")
-        fill(ckpt, text, device)
-    elif folder is not None:
-        export(ckpt, folder)
-    else:
-        with contextlib.redirect_stdout(Screen(sys.stdout)):
-            train(*settings_for(given, resume))
-        if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be writing
-            dist.destroy_process_group()
+    out = Path(given.get("out", Settings.out))
+    if text is not None or folder is not None:
+        if RANK == 0 and text is not None:
+            device, _, _ = find_device(given.get("device", "cpu"), "fp32")
+            fill(out / "ckpt.pt", text, device)
+        elif RANK == 0:
+            export(out / "ckpt.pt", folder)
+        return
+
+    if resume and not (out / "last.pt").exists():
+        raise CramError(f"there is no {out}/last.pt to resume")
+    s = None if resume else resolve_settings(given)
+    with lock_folder(out):
+        saved = load_file(out / "last.pt") if resume else None
+        if resume:
+            s = resolve_settings({**given, "out": str(out)}, saved)  # out may have been moved
+        elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
+            raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
+        train(s, saved)
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 may still be writing
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

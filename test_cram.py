@@ -55,7 +55,7 @@ def complaint(monkeypatch, capsys):
     """What a script says to arguments that it refuses. In this process: to start one takes longer
     than all else. (test_fill_and_python_interface sees one come out of a process.)"""
     def run(module, *args):
-        monkeypatch.setattr(cram.Stop, "listen", lambda self: None)
+        monkeypatch.setattr(cram, "Stop", lambda: argparse.Namespace(asked=False))
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
         with pytest.raises((cram.CramError, SystemExit)) as error:
             module.main()
@@ -100,7 +100,9 @@ def train(data, tmp_path, monkeypatch):
     def run(out="out", resume=False, **flags):
         flags = {**({} if resume else {"data": str(data), **TINY}), **flags,
                  "out": str(tmp_path / out)}
-        cram.train(*cram.settings_for(flags, resume))
+        saved = cram.load_file(tmp_path / out / "last.pt") if resume else None
+        with cram.lock_folder(tmp_path / out):
+            cram.train(cram.resolve_settings(flags, saved), saved)
         return read_run(tmp_path / out)
 
     run.folder = tmp_path
@@ -125,7 +127,7 @@ def same(a, b):
     return a == b or a != a and b != b
 
 
-TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "mfu", "timed_s")
+TIMES = ("elapsed_s", "tokens_per_s", "mfu", "log_bytes")  # the log has times in it
 
 
 def untimed(entry):
@@ -134,9 +136,9 @@ def untimed(entry):
 
 def assert_same_run(one, other):
     (a, a_log), (b, b_log) = one, other
-    for key in ("model", "optimizers", "order", "data"):
+    for key in ("model", "optimizers", "data"):
         assert same(a[key], b[key]), key
-    assert same(untimed(a["run"]), untimed(b["run"]))
+    assert same(untimed(a["state"]), untimed(b["state"]))
     assert same([*map(untimed, a_log)], [*map(untimed, b_log)])
 
 
@@ -461,10 +463,10 @@ def test_prepare_starts_over_only_when_told(tmp_path, data):
 # ------------------------------------------------------------------------------ the model
 
 
-def model_of(kind="crammed", vocab=50, seq_len=16, layers=2):
+def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
     torch.manual_seed(1)
-    s = cram.Settings(model=kind, layers=layers, width=32, heads=4)
-    model = cram.CrammedBERT(s, vocab, seq_len)
+    s = cram.Settings(model=kind, layers=layers, width=32, heads=4, **settings)
+    model = cram.build_model(s, vocab, seq_len)
     for p in model.parameters():  # norms and scale away from 1 and 0, which would hide mistakes
         p.data = p.data + 0.1 * torch.randn_like(p)
     return model.double()
@@ -474,10 +476,10 @@ def test_parameters_at_the_papers_size():
     with torch.device("meta"):
         model = cram.CrammedBERT(cram.Settings(), 32_768, 128)
     assert sum(p.numel() for p in model.parameters()) == 119_589_889
-    assert round(cram.flops_per_token(model, cram.Settings(), 128) / 1e6) == 623
+    assert round(model.flops_per_token(0.25) / 1e6) == 623
 
 
-def reference_encode(w, ids, heads, keep):
+def reference_encode(w, ids, heads, mask):
     """The crammed BERT for one row, with loops and plain formulas, in float64."""
     def norm(x, name):
         mean, var = x.mean(), ((x - x.mean()) ** 2).mean()
@@ -503,7 +505,7 @@ def reference_encode(w, ids, heads, keep):
         for h in range(heads):
             part = slice(h * D, h * D + D)
             for t in range(T):
-                scores = [math.exp(q[t, part] @ k[u, part] / math.sqrt(D)) * keep[u]
+                scores = [math.exp(q[t, part] @ k[u, part] / math.sqrt(D)) * mask[u]
                           for u in range(T)]
                 for u in range(T):
                     mixed[t, part] += scores[u] / sum(scores) * v[u, part]
@@ -518,21 +520,21 @@ def reference_encode(w, ids, heads, keep):
 def test_forward_is_what_the_paper_says():
     model = model_of()
     ids = torch.randint(50, (3, 16))
-    keep = torch.ones(3, 16, dtype=torch.bool)
-    keep[1, 10:] = keep[2, 5:] = False
+    mask = torch.ones(3, 16, dtype=torch.bool)
+    mask[1, 10:] = mask[2, 5:] = False
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    hidden = np.stack([reference_encode(weights, row, 4, k)
-                       for row, k in zip(ids.numpy(), keep.numpy())])
+    hidden = np.stack([reference_encode(weights, row, 4, m)
+                       for row, m in zip(ids.numpy(), mask.numpy())])
     close = {"rtol": 1e-5, "atol": 1e-5}  # the table of positions is stored in float32
-    np.testing.assert_allclose(model.encode(ids, keep).detach(), hidden, **close)
+    np.testing.assert_allclose(model.encode(ids, mask).detach(), hidden, **close)
 
     logits = hidden @ weights["embed.weight"].T
-    np.testing.assert_allclose(model.logits(ids, keep).detach(), logits, **close)
+    np.testing.assert_allclose(model.logits(ids, mask).detach(), logits, **close)
 
     hidden = reference_encode(weights, ids[0].numpy(), 4, np.ones(16))
     scores = hidden[[3, 9]] @ weights["embed.weight"].T
     surprise = [math.log(np.exp(row).sum()) - row[t] for row, t in zip(scores, (7, 8))]
-    loss = model(ids[:1], torch.tensor([[3, 9]]), torch.tensor([[7, 8]]))
+    [loss] = model(ids[:1], torch.tensor([[3, 9]]), torch.tensor([[7, 8]]))
     assert loss.item() == pytest.approx(np.mean(surprise), abs=1e-5)
 
 
@@ -549,10 +551,10 @@ def test_the_last_block_may_look_at_the_masked_positions_only(kind):
 
 
 def test_rotary_attention_knows_distances_and_no_positions():
-    table = cram.rotary(16, 8).double()
+    table = cram.rope_table(16, 8).double()
     q, k = torch.randn(2, 1, 1, 16, 8, dtype=torch.double)
     q, k = q[:, :, :1].expand(q.shape), k[:, :, :1].expand(k.shape)  # one vector everywhere
-    scores = (cram.rotate(q, table) @ cram.rotate(k, table).mT)[0, 0]
+    scores = (cram.apply_rope(q, table) @ cram.apply_rope(k, table).mT)[0, 0]
     for distance in range(-15, 16):
         along = scores.diagonal(distance)
         torch.testing.assert_close(along, along[:1].expand(len(along)), rtol=1e-5, atol=1e-5)
@@ -566,8 +568,8 @@ def test_padding_changes_nothing(kind):
     model = model_of(kind).eval()
     ids = torch.randint(50, (1, 9))
     padded = torch.cat([ids, torch.randint(50, (1, 7))], 1)
-    keep = torch.arange(16)[None] < 9
-    torch.testing.assert_close(model.encode(padded, keep)[:, :9], model.encode(ids))
+    mask = torch.arange(16)[None] < 9
+    torch.testing.assert_close(model.encode(padded, mask)[:, :9], model.encode(ids))
 
 
 @BOTH
@@ -603,6 +605,85 @@ def test_initial_weights(kind):
             assert (p == value).all(), name
 
 
+# ------------------------------------------------------------------------------ ELECTRA
+
+
+def electra(**settings):
+    """A tiny Electra in float64, and a batch for it."""
+    model = model_of("modernbert", vocab=12, objective="rtd", generator_layers=1,
+                     generator_width=16, **settings)
+    rows = torch.randint(5, 12, (16, 16))
+    masked = cram.mask_tokens(rows, 0.25, 1.0, 12, torch.Generator().manual_seed(3))
+    return model, rows, masked
+
+
+def test_electra_losses_by_slow_formulas():
+    model, rows, (ids, positions, targets, uniform) = electra()
+    loss, generator_loss, rtd_loss, found, replaced = model(ids, positions, targets, uniform)
+
+    guesses = model.generator.logits(ids).softmax(-1).detach().numpy()
+    shown, surprise = rows.clone(), []
+    for b, row in enumerate(positions.tolist()):
+        for m, t in enumerate(row):
+            p = guesses[b, t]
+            surprise.append(-math.log(p[targets[b, m]]))
+            total, token = 0.0, 0
+            while total + p[token] <= uniform[b, m]:
+                total, token = total + p[token], token + 1
+            shown[b, t] = token
+    assert generator_loss.item() == pytest.approx(np.mean(surprise), rel=1e-6)
+
+    is_replaced = shown != rows  # a correct guess counts as original
+    assert 0 < is_replaced.sum() < positions.numel()
+    assert replaced.item() == pytest.approx(is_replaced.double().mean().item())
+    p = model.discriminator.replaced(shown).double()
+    expected = -torch.where(is_replaced, p, 1 - p).log().mean().item()
+    assert rtd_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert found.item() == pytest.approx(((p > 0.5) & is_replaced).double().mean().item())
+    assert loss.item() == pytest.approx(np.mean(surprise) + 50 * expected, rel=1e-5)
+
+
+def test_electra_gradients():
+    """The generator learns nothing from the discriminator but through the embedding, which gets the
+    gradients of both losses."""
+    model, _, masked = electra()
+    gradients = []
+    for weight in (0.0, 1.0, 50.0):
+        model.rtd_weight = weight
+        model.zero_grad()
+        model(*masked)[0].backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    none, one, fifty = gradients
+    assert "generator.embed.weight" not in none  # it is the discriminator's
+    for name, g in none.items():
+        if name.startswith("generator"):
+            assert torch.equal(g, fifty[name]) and g.abs().sum() > 0, name
+    embed = "discriminator.embed.weight"
+    of_discriminator = one[embed] - none[embed]
+    assert none[embed].abs().sum() > 0 and of_discriminator.abs().sum() > 0
+    torch.testing.assert_close(fifty[embed], none[embed] + 50 * of_discriminator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampled_tokens_follow_the_distribution(dtype):
+    logits = (3 * torch.randn(1, 1, 300)).to(dtype)
+    uniform = (torch.arange(100_000)[:, None] + 0.5) / 100_000
+    tokens = cram.sample_tokens(logits.expand(100_000, 1, 300), uniform)
+    share = torch.bincount(tokens.flatten(), minlength=300) / 100_000
+    assert (share - logits.float().softmax(-1)[0, 0]).abs().sum() / 2 < 2e-3
+    last = cram.sample_tokens(torch.randn(1000, 1, 30_000), torch.full((1000, 1), 1 - 2**-24))
+    assert last.max() < 30_000  # the sum of so many probabilities may stay below it
+
+
+def test_electra_counts_its_operations():
+    s = cram.Settings(**cram.RECIPES["electra"])
+    with torch.device("meta"):
+        flops = cram.Electra(s, 32_768, 128).flops_per_token(0.15)
+    trunk = 16 * (4 + 6) * 768 * 768 * 6 + 12 * 16 * 128 * 768
+    generator = 6 * (4 + 6) * 256 * 256 * 6 + 12 * 6 * 128 * 256 + 6 * 32_768 * 768 * 0.15
+    assert flops == pytest.approx(trunk + generator, rel=1e-3)
+
+
 # ------------------------------------------------------------------------------ the recipe
 
 
@@ -614,18 +695,18 @@ def test_defaults_are_the_papers():
     assert (finetune_glue.MAX_LENGTH, len(finetune_glue.TASKS)) == (128, 8)
 
 
-@pytest.mark.parametrize("f, share", [(0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0),
-                                      (2, 0)])
-def test_learning_rate(f, share):
-    assert cram.lr_at(f, cram.Settings()) == pytest.approx(1e-3 * share)
+@pytest.mark.parametrize("progress, share", [
+    (0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0), (2, 0)])
+def test_learning_rate(progress, share):
+    assert cram.lr_at(progress, cram.Settings()) == pytest.approx(1e-3 * share)
 
 
-@pytest.mark.parametrize("f, share", [(0, 0), (0.015, 0.5), (0.03, 1), (0.3, 1), (0.65, 0.5),
-                                      (1, 0), (2, 0)])
-def test_learning_rate_of_the_modern_recipe(f, share):
+@pytest.mark.parametrize("progress, share", [
+    (0, 0), (0.015, 0.5), (0.03, 1), (0.3, 1), (0.65, 0.5), (1, 0), (2, 0)])
+def test_learning_rate_of_the_modern_recipe(progress, share):
     s = cram.Settings(**cram.RECIPES["modern"])
-    assert cram.lr_at(f, s) == pytest.approx(2e-3 * share)
-    assert cram.lr_at(f, cram.Settings(warmup=0, decay=0, lr=1)) == 1
+    assert cram.lr_at(progress, s) == pytest.approx(2e-3 * share)
+    assert cram.lr_at(progress, cram.Settings(warmup=0, decay=0, lr=1)) == 1
 
 
 def test_batch_staircase():
@@ -639,19 +720,21 @@ def test_batch_staircase():
 
 def test_weight_decay_spares_the_norms():
     model = cram.CrammedBERT(cram.Settings(layers=1, width=8, heads=1), 20, 8)
-    [adamw] = cram.build_optimizers(model, cram.Settings(), cram.Team(torch.device("cpu")))
+    [adamw] = cram.build_optimizers(model, cram.Settings())
     with_decay, without = adamw.param_groups
     assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0)
     assert len(without["params"]) == 8 and {p.ndim for p in without["params"]} == {1}
     assert len(with_decay["params"]) == 9  # embedding, position scale, seven matrices
 
 
-def test_muon_is_torchs_muon_for_the_matrices_of_blocks_and_head():
-    s = cram.Settings(model="modernbert", optimizer="muon", lr=2e-3, weight_decay=5.0,
-                      layers=2, width=32, heads=2)
-    model = cram.CrammedBERT(s, 50, 16)
-    adamw, ours = cram.build_optimizers(model, s, cram.Team(torch.device("cpu")))
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embed.weight]
+@pytest.mark.parametrize("objective", ["mlm", "rtd"])
+def test_muon_is_torchs_muon_for_the_matrices_of_blocks_and_heads(objective):
+    s = cram.Settings(model="modernbert", optimizer="muon", lr=2e-3, weight_decay=5.0, layers=2,
+                      width=32, heads=2, objective=objective, generator_width=16)
+    model = cram.build_model(s, 50, 16)
+    embed = getattr(model, "discriminator", model).embed.weight
+    adamw, ours = cram.build_optimizers(model, s)
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embed]
     assert {p for g in ours.param_groups for p in g["params"]} == set(matrices)
     everything = [p for o in (adamw, ours) for g in o.param_groups for p in g["params"]]
     assert len(everything) == len(set(everything)) == len([*model.parameters()])
@@ -660,22 +743,22 @@ def test_muon_is_torchs_muon_for_the_matrices_of_blocks_and_head():
     theirs = torch.optim.Muon(copies, lr=s.lr, weight_decay=s.weight_decay,
                               adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p, copy in zip(matrices, copies):
+        for p, copy_ in zip(matrices, copies):
             p.grad = torch.randn_like(p)
-            copy.grad = p.grad.clone()
+            copy_.grad = p.grad.clone()
         ours.step()
         theirs.step()
-    for p, copy, start in zip(matrices, copies, starts):  # theirs computes in bf16
-        assert (p - copy).norm() < 0.03 * (copy - start).norm()
+    for p, copy_, start in zip(matrices, copies, starts):  # theirs computes in bf16
+        assert (p - copy_).norm() < 0.03 * (copy_ - start).norm()
 
 
 def test_masks_are_exact_and_never_the_same():
     rows = torch.randint(5, 1000, (64, 128))
     seen = set()
     for seed in range(3):
-        inputs, positions, targets = cram.mask_tokens(
+        inputs, positions, targets, uniform = cram.mask_tokens(
             rows, 0.25, 0.8, 1000, torch.Generator().manual_seed(seed))
-        assert positions.shape == (64, 32)
+        assert positions.shape == uniform.shape == (64, 32)
         assert all(len(set(p)) == 32 for p in positions.tolist())
         assert torch.equal(targets, rows.gather(1, positions))
         at = inputs.gather(1, positions)
@@ -687,13 +770,8 @@ def test_masks_are_exact_and_never_the_same():
         seen |= {tuple(sorted(p)) for p in positions.tolist()}
         everywhere = torch.bincount(positions.flatten(), minlength=128)
         assert everywhere.min() > 0 and everywhere.max() < 40
+        assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
     assert len(seen) == 3 * 64
-
-
-def test_every_chosen_token_can_become_a_mask():
-    inputs, positions, _ = cram.mask_tokens(
-        torch.full((4, 128), 7), 0.25, 1.0, 1000, torch.Generator())
-    assert ((inputs == cram.MASK).sum(1) == 32).all() and ((inputs == 7).sum(1) == 96).all()
 
 
 def test_masks_depend_on_the_seed_and_the_step():
@@ -703,34 +781,56 @@ def test_masks_depend_on_the_seed_and_the_step():
     assert len(draws) == 4
 
 
-def test_row_order():
-    order = cram.RowOrder(10, cram.Settings())
-    assert order.rows_at(0, 10).tolist() == [*range(10)]
-    passes = [order.rows_at(10 * n, 10).tolist() for n in (1, 2, 3)]
-    assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 3
-    pieces = np.concatenate([order.rows_at(3 * i, 3) for i in range(12)])
-    assert pieces.tolist() == order.rows_at(0, 36).tolist()
-
-    order = cram.RowOrder(1000, cram.Settings())
-    order.fit(100, 300)  # 900 rows are ahead, and time for 300 of them
-    rows = order.rows_at(100, 300)
-    assert rows[0] == 100 and set(np.diff(rows)) == {3} and rows[-1] == 997
-    assert sorted(order.rows_at(400, 1000)) == [*range(1000)]  # what comes after is a whole pass
-    order.fit(200, 10_000)  # a larger budget: every row from here on
-    assert order.rows_at(200, 3).tolist() == [400, 401, 402]
+@pytest.mark.parametrize("order", ["file", "random"])
+def test_row_order(order):
+    s = cram.Settings(order=order)
+    passes = [cram.row_numbers(10 * n, 10, 10, s).tolist() for n in range(4)]
+    assert (passes[0] == [*range(10)]) == (order == "file")
+    assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 4
+    pieces = np.concatenate([cram.row_numbers(3 * i, 3, 10, s) for i in range(12)])
+    assert pieces.tolist() == cram.row_numbers(0, 36, 10, s).tolist()
+    other = cram.row_numbers(10, 10, 10, cram.Settings(order=order, seed=1)).tolist()
+    assert other != passes[1]
 
 
-def test_random_row_order():
-    order = cram.RowOrder(10, cram.Settings(order="random"))
-    order.fit(0, 5)
-    passes = [order.rows_at(10 * n, 10).tolist() for n in (0, 1, 2)]
-    assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 3
-    assert [*range(10)] not in passes
-    other = cram.RowOrder(10, cram.Settings(order="random", seed=1)).rows_at(0, 10).tolist()
-    assert other != passes[0]
+def rows_of_a_run(batches, n_rows, s):
+    """The rows that a run with these batches reads, one array a step."""
+    position, left, rows = 0, sum(batches), []
+    for batch in batches:
+        rows.append(cram.row_numbers(position, batch, n_rows, s))
+        position, left = cram.next_position(position, batch, left, n_rows, s), left - batch
+    return rows, position
+
+
+@pytest.mark.parametrize("passes", [0.3, 0.7, 1.0])
+def test_a_short_budget_reads_an_even_share_of_the_whole_file(passes):
+    n_rows, s = 100_000, cram.Settings(batch=256)
+    steps = next(n for n in range(10, 10**5) if sum(
+        cram.batch_at(k / n, s) for k in range(n)) >= passes * n_rows)
+    rows, end = rows_of_a_run([cram.batch_at(k / steps, s) for k in range(steps)], n_rows, s)
+    rows = np.concatenate(rows)
+    assert len(set(rows.tolist())) == len(rows) and end >= n_rows
+    shares = np.bincount(rows * 5 // n_rows, minlength=5) / (n_rows / 5)
+    assert shares == pytest.approx([passes] * 5, rel=0.05)
+
+
+def test_a_long_budget_and_a_random_order_skip_nothing():
+    for order, passes in (("file", 1.5), ("random", 0.3), ("random", 1.5)):
+        s = cram.Settings(order=order)
+        steps = int(1000 * passes / 20)
+        rows, end = rows_of_a_run([20] * steps, 1000, s)
+        assert end == 20 * steps
+        assert np.concatenate(rows).tolist() == cram.row_numbers(0, end, 1000, s).tolist()
 
 
 # ------------------------------------------------------------------------------ a training run
+
+
+@pytest.mark.parametrize("recipe, loss", [("crammed", 4.0), ("modern", 4.0), ("electra", 4.0)])
+def test_the_final_loss_of_each_recipe(train, recipe, loss):
+    """Numbers from this code: whatever moves them changes what a recipe computes."""
+    _, log = train(recipe=recipe, steps=300, lr=1e-2, generator_layers=1, generator_width=16)
+    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.02)
 
 
 def test_a_run_learns_and_keeps_its_books(train, data):
@@ -768,63 +868,34 @@ def test_validation_loss_as_the_contract_defines_it(train, data):
     assert log[-1]["val_loss"] == pytest.approx(np.mean(total), abs=1e-5)
 
 
-def test_the_microbatch_changes_nothing(train):
-    whole, log = train("whole", steps=6)
-    parts, parts_log = train("parts", steps=6, microbatch=5)
+@pytest.mark.parametrize("recipe", ["crammed", "electra"])
+def test_the_microbatch_changes_nothing(train, recipe):
+    flags = {"recipe": recipe, "optimizer": "adamw", "steps": 6, "generator_width": 16}
+    whole, log = train("whole", **flags)
+    parts, parts_log = train("parts", **flags, microbatch=5)
     for name, p in whole["model"].items():
         torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
     for a, b in zip(log, parts_log):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
 
 
-def test_gradient_of_a_step_is_that_of_its_whole_batch(train, data, monkeypatch):
-    gradients = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def spy(parameters, largest):
-        parameters = list(parameters)
-        gradients.append([p.grad.clone() for p in parameters])
-        return clip(parameters, largest)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    train(steps=1, microbatch=1, batch=48)
-    torch.manual_seed(0)
-    model = cram.CrammedBERT(cram.Settings(**TINY), json.loads(
-        (data / "meta.json").read_text())["vocab_size"], 32)
-    rows = np.fromfile(data / "train.bin", "<u2").reshape(-1, 32)
-    order = cram.RowOrder(len(rows), cram.Settings())
-    order.fit(0, 3)
-    batch = torch.from_numpy(rows[order.rows_at(0, 3)].astype(np.int64))
-    masked = cram.mask_tokens(batch, 0.25, 0.8, len(model.embed.weight),
-                              torch.Generator().manual_seed(cram.mask_seed(0, 0)))
-    model(*masked).backward()
-    for p, g in zip(model.parameters(), gradients[0]):
-        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_clock(train, capsys, monkeypatch):
-    real = cram.save_whole
-    monkeypatch.setattr(cram, "save_whole", lambda *a: (time.sleep(0.5), real(*a)))
+def test_the_clock(train):
     began = time.monotonic()
-    saved, log = train(hours=6 / 3600)
-    assert saved["run"]["elapsed_s"] >= 0
-    assert all(line["elapsed_s"] <= 6.1 for line in log)  # saving comes after the clock
+    saved, log = train(minutes=0.1)
     assert 5 < time.monotonic() - began < 10
-    last_lr = log[-1]["lr"]
-    step = saved["run"]["s_per_row"] * 32 / 6  # share of the budget that a step takes
-    assert 0 <= last_lr <= 3e-3 * 4 * max(0.02, 3 * step)
+    assert all(line["elapsed_s"] <= 6.1 for line in log)  # saving comes after the clock
+    assert saved["clock"]["elapsed_s"] == log[-1]["elapsed_s"] < 6.1
+    assert log[-1]["lr"] < 3e-3 * 0.5  # the schedule comes to its end
     shares = sorted(line["progress"] for line in log if "val_loss" in line)
-    assert len(shares) >= 20 * (1 - saved["clock"]["start"] / 6) - 5  # some fall into one step
-    assert "the budget takes" in capsys.readouterr().out
+    assert len(shares) >= 20 * (1 - saved["clock"]["parts"]["start"] / 6) - 6
 
 
 def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
-    """A step that would not fit is not begun: with steps of 0.5 s, 2.2 s hold four."""
+    """A step that would not fit is not begun: with steps of 0.5 s, 2.3 s hold four."""
     real = cram.mask_tokens
     monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.5), real(*a))[1])
-    monkeypatch.setattr(cram, "batch_at", lambda f, s: 4)
-    saved, log = train(hours=2.3 / 3600, batch=16)
-    assert saved["run"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
+    saved, log = train(hours=2.3 / 3600, ramp=0)
+    assert saved["state"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
 
 
 def test_a_line_of_the_log():
@@ -848,60 +919,60 @@ def test_all_sizes_of_microbatches_are_known_before_compiling(ramp, batch, micro
     s = cram.Settings(ramp=ramp, batch=batch)
     batches = {cram.batch_at(k / 10_000, s) for k in range(10_000)}
     seen = {min(microbatch, rows - i) for rows in batches for i in range(0, rows, microbatch)}
-    assert cram.microbatch_sizes(s, microbatch, Mock(size=1)) == seen
-
-
-def test_milestones_are_said_of_the_unchanged_recipe_only(train, monkeypatch, capsys):
-    monkeypatch.setitem(cram.RECIPES, "crammed", TINY)
-    train("a", steps=2, seed=3)
-    assert cram.MILESTONES["crammed"] in capsys.readouterr().out
-    train("b", steps=2, lr=1e-4)
-    assert "H200" not in capsys.readouterr().out
+    assert cram.microbatch_sizes(s, microbatch) == seen
 
 
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch):
-    seen, real = [], math.isfinite
-    monkeypatch.setattr(math, "isfinite", lambda x: (seen.append(x), real(x))[1])
+    seen, real = [], cram.TrainState.add
+    monkeypatch.setattr(cram.TrainState, "add", lambda self, losses: (
+        seen.append(losses[0]), real(self, losses)))
     _, log = train(steps=100)
-    losses = seen[::2]  # the loop asks for loss and norm of each step
     starts = [0] + [line["step"] for line in log]
     assert len(log) >= 50 and starts[-1] == 100
     for start, line in zip(starts, log):
-        assert line["loss"] == pytest.approx(np.mean(losses[start : line["step"]]))
+        assert line["loss"] == pytest.approx(np.mean(seen[start : line["step"]]))
 
 
-def test_the_end_repeated(train, monkeypatch):
-    """A finished run, resumed, ends with the same numbers; the final validation is on no clock."""
-    train(steps=30)
-    ckpt = train.folder / "out/ckpt.pt"
-    before = torch.load(ckpt, weights_only=True)["result"]
-    real = cram.validate
-    monkeypatch.setattr(cram, "validate", lambda *a: (time.sleep(2), real(*a))[1])
-    saved, log = train(resume=True)
-    assert untimed(torch.load(ckpt, weights_only=True)["result"]) == untimed(before)
-    assert 0 <= saved["run"]["elapsed_s"] - before["elapsed_s"] < 1.5
-    assert log[-1]["elapsed_s"] - before["elapsed_s"] < 1.5
-
-
-def test_fill_and_python_interface(train, data):
-    train(steps=30)
+@pytest.mark.parametrize("recipe", ["modern", "electra"])
+def test_fill_and_python_interface(train, data, recipe):
+    train(recipe=recipe, steps=30, generator_width=16)
     out = train.folder / "out"
     printed = script("cram.py", "--out", out, "--fill", "a <mask> b <mask>.")
     assert printed.count("<mask>:") == 2 and printed.count("%") == 10
-    printed = script("cram.py", "--out", out, "--fill", "nothing", code=1)
-    assert "<mask>" in printed and "Traceback" not in printed
     model, tokenizer = cram.load_checkpoint(out / "ckpt.pt", device="cpu")
     ids = torch.tensor([tokenizer.encode("some text").ids])
-    assert model.encode(ids, torch.ones_like(ids, dtype=torch.bool)).shape == (*ids.shape, 32)
-    assert model.logits(ids).shape == (*ids.shape, tokenizer.get_vocab_size())
-    assert not model.training
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert model.encode(ids, mask).shape == (*ids.shape, 32) and not model.training
+    if recipe == "electra":
+        printed = script("cram.py", "--out", out, "--fill", "Nothing masked")
+        assert [line.split()[1] for line in printed.splitlines()] == ["Nothing", "masked"]
+        assert model.replaced(ids, mask).shape == ids.shape
+        with pytest.raises(cram.CramError, match="no logits"):
+            model.logits(ids)
+    else:
+        printed = script("cram.py", "--out", out, "--fill", "nothing", code=1)
+        assert "<mask>" in printed and "Traceback" not in printed
+        assert model.logits(ids, mask).shape == (*ids.shape, tokenizer.get_vocab_size())
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(train):
+    train(steps=2)
+    path = train.folder / "out/ckpt.pt"
+    content = torch.load(path, weights_only=True)
+    del content["settings"]["objective"]  # it had no such setting
+    torch.save(content, path)
+    assert cram.load_checkpoint(path)[0].seq_len == 32
+    content["settings"]["magic"] = 1
+    torch.save(content, path)
+    with pytest.raises(cram.CramError, match="another version of cram.py, with magic"):
+        cram.load_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------ interrupted
 
 
 class StopAt:
-    """Stands in for cram.Stop: asks for a stop at the n-th microbatch."""
+    """Stands in for cram.Stop: asks for a stop at the n-th step."""
 
     def __init__(self, n):
         self.left = n
@@ -909,42 +980,38 @@ class StopAt:
     def __call__(self):
         return self
 
-    def listen(self):
-        pass
-
     @property
     def asked(self):
         self.left -= 1
         return self.left < 0
 
 
-@pytest.mark.parametrize("steps, batch, passes", [(300, 32, 4.4), (40, 8, 0.14)])
+@pytest.mark.parametrize("flags, passes", [
+    ({"steps": 300, "batch": 32}, 4.4), ({"steps": 40, "batch": 8}, 0.14),
+    ({"steps": 40, "recipe": "modern"}, 0.9),
+    ({"steps": 40, "recipe": "electra", "generator_width": 16}, 0.9)])
 def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
-        train, monkeypatch, data, steps, batch, passes):
-    """Also inside an accumulation (4 microbatches a step), across passes over the data, and within
-    one of which the budget takes only every seventh row."""
-    flags = {"steps": steps, "batch": batch, "microbatch": batch // 4}
+        train, monkeypatch, data, flags, passes):
+    """Across passes over the data, and within one of which the budget takes only some rows."""
     whole = train("whole", **flags)
     rows = json.loads((data / "meta.json").read_text())["train_rows"]
-    assert whole[0]["run"]["rows"] / rows == pytest.approx(passes, rel=0.1)
+    assert whole[0]["state"]["rows"] / rows == pytest.approx(passes, rel=0.1)
     rng = random.Random(0)
-    for attempt in range(2):
-        out = f"parts{attempt}"
-        for resume in (False, True):
-            monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, steps)))
-            train(out, resume, **({} if resume else flags))
-            assert not (train.folder / out / "ckpt.pt").exists()
-        monkeypatch.setattr(cram, "Stop", StopAt(10**9))
-        assert_same_run(train(out, resume=True), whole)
+    for resume in (False, True):
+        monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, flags["steps"] // 2 - 1)))
+        train("parts", resume, **({} if resume else flags))
+        assert not (train.folder / "parts/ckpt.pt").exists()
+    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+    assert_same_run(train("parts", resume=True), whole)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(data, tmp_path):
     """kill -9, with last.pt written all the time. CRAM_KILLS sets how often (50 for the record)."""
     wanted = int(os.environ.get("CRAM_KILLS", 3))
-    flags = ["--data", data, *(x for k, v in TINY.items() for x in (f"--{k}", v)),
-             "--steps", max(240, 60 * wanted), "--save-minutes", 1e-6]
-    before = ("real = it.torch.save; it.SAVE_SHARE = 1; "
-              "it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))")
+    flags = ["--data", data, *flags_of(TINY), "--steps", max(240, 60 * wanted),
+             "--save-minutes", 1e-6]
+    before = "real = it.torch.save; it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))"
     script("cram.py", *flags, "--out", tmp_path / "whole")
     rng, kills, inside = random.Random(2), 0, 0
     main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import cram as it; {before}; it.main()"
@@ -970,27 +1037,62 @@ def test_killed_at_any_moment_it_goes_on(data, tmp_path):
     assert_same_run(read_run(out), read_run(tmp_path / "whole"))
 
 
-def test_signals_save_and_leave(data, tmp_path):
-    command = [sys.executable, HERE / "cram.py", "--data", data, "--out", tmp_path / "o",
-               "--hours", "0.05", *(str(x) for k, v in TINY.items() for x in (f"--{k}", v))]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+def flags_of(settings):
+    return [x for key, value in settings.items() for x in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def start(data, tmp_path):
+    """Start cram.py on tmp_path/"o" in the background, and wait for the first line of its log."""
+    started = []
+
+    def run(*args, env=None):
+        args = args or ["--data", data, *flags_of(TINY), "--minutes", 3]
+        process = subprocess.Popen(
+            [sys.executable, HERE / "cram.py", "--out", tmp_path / "o", *map(str, args)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
         for line in process.stdout:
-            if "0:00:0" in line:  # the first line of the log
+            if re.match(r" *\d+:\d\d:\d\d ", line):
                 break
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_signals_save_and_leave(start, tmp_path):
+    for number, args in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
+        process = start(*args)
         sent = time.monotonic()
         process.send_signal(number)
         printed, _ = process.communicate(timeout=20)
-        assert process.returncode == 0 and "go on with --resume" in printed
+        assert process.returncode == 0 and "continue with --resume" in printed
         assert time.monotonic() - sent < 5
-        command = [sys.executable, HERE / "cram.py", "--out", tmp_path / "o", "--resume"]
-    assert read_run(tmp_path / "o")[0]["run"]["step"] > 1
+    assert read_run(tmp_path / "o")[0]["state"]["step"] > 1
+
+
+def test_one_run_at_a_time_in_a_folder(start, data, tmp_path):
+    first = start()
+    flags = ["--data", data, "--out", tmp_path / "o", *flags_of(TINY), "--steps", 3]
+    assert "another run is writing to" in script("cram.py", *flags, code=1)
+    assert first.poll() is None
+    first.kill()  # -9: the lock ends with its process
+    first.communicate()
+    script("cram.py", *flags)
+    (tmp_path / "o/ckpt.pt").unlink()
+    second = start("--resume", "--steps", 3000)
+    assert "another run is writing to" in script("cram.py", "--out", tmp_path / "o", "--resume",
+                                                 code=1)
+    assert second.poll() is None
 
 
 def test_a_run_outlives_its_screen(data, tmp_path):
     """As behind `| head -n 1`, or in a terminal that is closed."""
     command = [sys.executable, HERE / "cram.py", "--data", data, "--out", tmp_path / "o",
-               "--steps", 40, *(x for k, v in TINY.items() for x in (f"--{k}", v))]
+               "--steps", 40, *flags_of(TINY)]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -998,13 +1100,21 @@ def test_a_run_outlives_its_screen(data, tmp_path):
     assert (tmp_path / "o/ckpt.pt").exists() and read_run(tmp_path / "o")[1][-1]["step"] == 40
 
 
+def test_names_that_the_terminal_cannot_show(data, tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    out, flags = tmp_path / "é漢", ["--data", data, *flags_of(TINY), "--recipe", "modern"]
+    assert r"\xe9" in script("cram.py", *flags, "--steps", 2, "--out", out, env=env)
+    assert r"\xe9" in script("cram.py", "--out", out, "--export", tmp_path / "é", env=env)
+    assert r"\xe9" in script("cram.py", *flags, "--out", out, code=1, env=env)
+
+
 def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
     monkeypatch.setattr(cram, "Stop", StopAt(5))
     train(steps=50)
     for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
                          ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps"),
-                         ({"steps": 0}, "begun with --steps")):
-        with pytest.raises(cram.CramError, match=words.replace("(", r"\(").replace(")", r"\)")):
+                         ({"minutes": 1.0}, "--steps"), ({"steps": 0}, "begun with --steps")):
+        with pytest.raises(cram.CramError, match=re.escape(words)):
             train(resume=True, **flags)
     other = train.folder / "other"
     shutil.copytree(data, other)
@@ -1016,147 +1126,155 @@ def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
         (other / "meta.json").write_text(broken)
         with pytest.raises(cram.CramError, match="meta.json is damaged"):
             train(resume=True, data=str(other))
+    with pytest.raises(cram.CramError, match="name its folder with --data"):
+        train(resume=True, data=str(train.folder / "moved"))
 
 
-def test_rows_left_out_are_said_only_while_some_are(train, capsys):
-    train(steps=5)
-    assert "one row in" in capsys.readouterr().out
-    train(resume=True, steps=10)  # the first pass, of some rows, is over: now all come
-    assert "one row in" not in capsys.readouterr().out
+def test_a_run_is_not_overwritten(train, monkeypatch, complaint, data):
+    train(steps=2)
+    out = ["--data", data, "--out", train.folder / "out"]
+    assert "continue it with --resume" in complaint(cram, *out, "--steps", 2)
+    assert "no " + str(train.folder / "x/last.pt") in complaint(
+        cram, "--out", train.folder / "x", "--resume")
+    (train.folder / "out/last.pt").write_bytes((train.folder / "out/ckpt.pt").read_bytes())
+    assert "finished model" in complaint(cram, *out, "--resume")
 
 
-def test_a_run_is_not_overwritten(train, monkeypatch):
-    monkeypatch.setattr(cram, "Stop", StopAt(5))
-    train(steps=50)
-    with pytest.raises(cram.CramError, match="--resume"):
-        train(steps=50)
-    (train.folder / "out/last.pt").unlink()  # without it there is nothing to lose
-    train(steps=50)
-    with pytest.raises(cram.CramError, match="no checkpoint"):
-        train("elsewhere", resume=True)
-
-
-def test_another_budget_on_resume(train, monkeypatch, capsys):
+def test_another_budget_on_resume(train, capsys):
     train(steps=20)
     saved, log = train(resume=True, steps=40)
-    assert saved["run"]["step"] == 40 and log[-1]["step"] == 40
-    assert [line["step"] for line in log] == sorted(line["step"] for line in log)
+    assert saved["state"]["step"] == 40
+    steps = [line["step"] for line in log]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
     assert "another budget" in capsys.readouterr().out
 
 
-def test_resuming_a_finished_run_changes_nothing(train, capsys):
-    train(steps=20)
-    before = files_of(train.folder / "out")
-    train(resume=True)
-    assert files_of(train.folder / "out") == before
-    assert "no further step" in capsys.readouterr().out
-    (train.folder / "out/ckpt.pt").write_bytes(b"broken")  # what is missing is made
-    train(resume=True)
-    assert cram.load_whole(train.folder / "out/ckpt.pt")["result"]["step"] == 20
+def test_a_finished_run_resumed_writes_the_same_model_again(train):
+    saved, log = train(steps=20)
+    (train.folder / "out/ckpt.pt").unlink()
+    assert_same_run(train(resume=True), (saved, log))
+    result = torch.load(train.folder / "out/ckpt.pt", weights_only=True)["result"]
+    assert untimed(result) == untimed(log[-1])
+    assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
 
 
-def test_a_log_with_foreign_lines_is_gone_on_with(train, monkeypatch):
-    monkeypatch.setattr(cram, "Stop", StopAt(5))
-    train(steps=20)
-    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
-    with open(train.folder / "out/log.jsonl", "a") as log:
-        log.write("{garbage}\n[]\n{}\n")
-    _, lines = train(resume=True)
-    assert lines[-1]["step"] == 20
+def nan_in_steps(monkeypatch, *steps):
+    """Make one gradient of these steps NaN."""
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(parameters, *args):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) in steps:
+            parameters[3].grad.view(-1)[0] = math.nan
+        return real(parameters, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
 
-def test_a_step_that_is_not_finite_is_skipped(train, monkeypatch):
-    real, calls = cram.CrammedBERT.forward, []
-
-    def sometimes_nan(self, *args):
-        loss = real(self, *args)
-        calls.extend([0] * torch.is_grad_enabled())
-        return loss * math.nan if len(calls) in (3, 4) and torch.is_grad_enabled() else loss
-
-    monkeypatch.setattr(cram.CrammedBERT, "forward", sometimes_nan)
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch, step):
+    """In the middle and at the end: weights and moments are those of the steps before it, and the
+    run ends with its model."""
+    monkeypatch.setattr(cram, "Stop", StopAt(step - 1))
+    before, _ = train("before", steps=8)
+    nan_in_steps(monkeypatch, step)
+    monkeypatch.setattr(cram, "Stop", StopAt(step if step < 8 else 10**9))
     saved, log = train(steps=8)
-    assert saved["run"]["skipped"] == 2 and saved["run"]["step"] == 8
-    assert all(p.isfinite().all() for p in saved["model"].values())
+    assert same(saved["model"], before["model"])
+    for ours, theirs in zip(saved["optimizers"], before["optimizers"]):
+        assert same(ours["state"], theirs["state"])
+    assert (saved["state"]["step"], saved["state"]["skipped"]) == (step, 1)
+    assert (train.folder / "out/ckpt.pt").exists() == (step == 8)
     assert all(math.isfinite(line["loss"]) for line in log)
 
 
-def test_a_run_that_broke_down_stops_and_keeps_its_last_checkpoint(train, monkeypatch):
+def test_a_run_that_diverged_stops_and_keeps_its_last_checkpoint(train, monkeypatch):
     monkeypatch.setattr(cram, "Stop", StopAt(3))
     before, _ = train(steps=100)
     monkeypatch.setattr(cram, "Stop", StopAt(10**9))
-    real = cram.CrammedBERT.forward
-    monkeypatch.setattr(cram.CrammedBERT, "forward", lambda self, *a: real(self, *a) * math.inf)
-    with pytest.raises(cram.CramError, match="not finite in 30 steps"):
+    nan_in_steps(monkeypatch, *range(100))
+    with pytest.raises(cram.CramError, match="30 steps in a row"):
         train(resume=True)
     assert same(read_run(train.folder / "out")[0], before)
 
-    # However often it is saved: never between steps that fail
-    monkeypatch.setattr(cram, "SAVE_SHARE", 1.0)
-    with pytest.raises(cram.CramError, match="not finite in 30 steps"):
-        train(resume=True, save_minutes=1e-9)
-    assert read_run(train.folder / "out")[0]["run"]["skipped"] == 0
 
-
-@pytest.mark.parametrize("lr, bad_step", [(1e20, 5), (math.inf, 9)])
-def test_a_run_that_broke_down_at_its_end_is_not_saved(train, monkeypatch, lr, bad_step):
-    """With huge weights the next steps are skipped; infinite ones may come with the last step."""
-    train(steps=5)
-    good, usual = (train.folder / "out/last.pt").read_bytes(), cram.lr_at
+def test_weights_that_are_not_finite_are_not_saved(train, monkeypatch):
+    usual = cram.lr_at
     monkeypatch.setattr(
-        cram, "lr_at", lambda f, s: lr if round(10 * f) == bad_step else usual(f, s))
-    with pytest.raises(cram.CramError, match="has broken down, and is not saved"):
-        train(resume=True, steps=10)
-    assert (train.folder / "out/last.pt").read_bytes() == good
+        cram, "lr_at", lambda f, s: math.inf if round(10 * f) == 7 else usual(f, s))
+    with pytest.raises(cram.CramError, match="not finite: the run has diverged"):
+        train(steps=10, save_minutes=1e-9)
+    saved, _ = read_run(train.folder / "out")
+    assert saved["state"]["step"] == 7
+    assert all(p.isfinite().all() for p in saved["model"].values())
 
 
 def test_a_model_without_a_finite_validation_loss_is_no_model(train, monkeypatch):
-    monkeypatch.setattr(cram, "validate", lambda *a: math.nan)
+    monkeypatch.setattr(cram, "validate", lambda *a: {"val_loss": math.nan})
     with pytest.raises(cram.CramError, match="validation loss is nan"):
         train(steps=5)
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
-def test_out_of_memory_halves_the_microbatch_and_nothing_else(train, monkeypatch, capsys):
-    whole, _ = train("whole", steps=20, microbatch=4)
-    real = cram.CrammedBERT.forward
+def test_the_microbatch_is_halved_until_a_step_fits(capsys):
+    """On a card; here without one. The search moves no weight and leaves no optimizer state."""
+    s = cram.Settings(**{**cram.RECIPES["modern"], "layers": 1, "width": 32, "heads": 2,
+                         "batch": 64, "microbatch": 32})
+    model = cram.build_model(s, 50, 16)
+    before = copy.deepcopy(model.state_dict())
+    optimizers, tried = cram.build_optimizers(model, s), []
 
-    def small_card(self, ids, *args):
-        if len(ids) > 4 and torch.is_grad_enabled():
+    def small_card(rows, microbatch):
+        tried.append(microbatch)
+        if microbatch > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, ids, *args)
+        inputs = torch.zeros(len(rows), 2, dtype=torch.long)
+        model(rows.long(), inputs, inputs)[0].backward()
 
-    monkeypatch.setattr(cram.CrammedBERT, "forward", small_card)
-    halved, _ = train("halved", steps=20, microbatch=16)
-    assert re.search("out of memory: [1-4] rows at a time", capsys.readouterr().out)
-    for name, p in whole["model"].items():
-        torch.testing.assert_close(halved["model"][name], p, rtol=1e-4, atol=2e-5)
-    assert halved["run"]["rows"] == whole["run"]["rows"]
+    assert cram.find_microbatch(s, 16, model, optimizers, small_card) == 8
+    assert sorted(set(tried)) == [8, 16, 32] and "trying 8 rows" in capsys.readouterr().out
+    assert same(model.state_dict(), before) and not any(o.state for o in optimizers)
+    assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_training(train, monkeypatch, capsys):
+def test_out_of_memory_in_mid_run_saves_and_says_what_to_do(train, monkeypatch):
+    real = cram.mask_tokens
+
+    def full(rows, *args):
+        if len(rows) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(rows, *args)
+
+    monkeypatch.setattr(cram, "mask_tokens", full)
+    with pytest.raises(cram.CramError, match="--resume --microbatch 8"):
+        train(steps=40, microbatch=16)
+    assert read_run(train.folder / "out")[0]["state"]["rows"] > 0
+
+
+def test_a_full_disk(train, monkeypatch, capsys):
+    """Too little room is said at the start; in mid-run training continues; at the end the model is
+    written before last.pt; a file is whole or not there."""
     real, saves = torch.save, []
 
     def disk(content, f):
-        saves.append(0)
+        saves.append(content)
         real(content, f)
-        if len(saves) > 2 and len(saves) < 6:
+        if 3 <= len(saves) < 6 or "optimizers" in content and "ckpt.pt" in os.listdir(out):
             raise OSError(28, "No space left on device")
 
+    out = train.folder / "out"
     monkeypatch.setattr(torch, "save", disk)
-    monkeypatch.setattr(cram, "SAVE_SHARE", 1)
-    saved, _ = train(steps=12, save_minutes=1e-9)
-    assert saved["run"]["step"] == 12
+    train(steps=12, save_minutes=1e-9)
     printed = capsys.readouterr().out
-    assert printed.count("No space left on device; training goes on") == 3
-    assert not list(train.folder.glob("out/*.part"))
+    assert printed.count("No space left on device; training continues") == 3
+    assert "cannot be continued later" in printed and "tokenizer" in saves[-2]
+    assert cram.load_checkpoint(out / "ckpt.pt") and not list(out.glob("*.part"))
+    assert read_run(out)[0]["state"]["step"] == 12
 
-    target = train.folder / "x.pt"
-    cram.save_whole(target, {"a": 1})
-    monkeypatch.setattr(torch, "save", lambda c, f: (f.write(b"half"), (_ for _ in ()).throw(
-        RuntimeError("write failed"))))
-    with pytest.raises(OSError):
-        cram.save_whole(target, {"a": 2})
-    assert torch.load(target, weights_only=True) == {"a": 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    with pytest.raises(cram.CramError, match="has 0.0 GB free"):
+        train("other", steps=2)
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -1172,11 +1290,11 @@ with open({str(tmp_path)!r} + "/pid" + os.environ["RANK"], "w") as f:
 runpy.run_path({str(HERE / "cram.py")!r}, run_name="__main__")
 """)
 
-    def run(out, **flags):
+    def run(out, *args, **flags):
         flags = {"data": data, **TINY, "batch": 37, "microbatch": 4, **flags, "out": tmp_path / out}
         started.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             cram_py, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))],
+             cram_py, *flags_of(flags), *map(str, args)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}))
         return started[-1]
@@ -1200,7 +1318,7 @@ def assert_close_runs(one, other, tolerance):
     (a, a_log), (b, b_log) = one, other
     for name, p in a["model"].items():
         torch.testing.assert_close(b["model"][name], p, rtol=0, atol=tolerance)
-    assert a["run"]["rows"] == b["run"]["rows"] and len(a_log) == len(b_log)
+    assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
     for line, other_line in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
             if key in line:
@@ -1208,7 +1326,7 @@ def assert_close_runs(one, other, tolerance):
 
 
 @pytest.mark.parametrize("recipe, tolerance", [
-    ("crammed", 2e-5), ("modern", 2e-4)])  # Muon makes much of little
+    ("crammed", 2e-5), ("modern", 2e-4), ("electra", 5e-4)])  # Muon makes much of little
 def test_two_processes_end_where_one_ends(team, train, recipe, tolerance):
     flags = {"recipe": recipe, "steps": 12}
     two = team("two", **flags)
@@ -1216,14 +1334,18 @@ def test_two_processes_end_where_one_ends(team, train, recipe, tolerance):
     printed, _ = two.communicate(timeout=120)
     assert two.returncode == 0 and printed.count("validation loss") == 1, printed
     assert_close_runs(one, read_run(team.folder / "two"), tolerance)
+    if recipe == "modern":
+        two = team("two", "--export", team.folder / "exported")
+        printed, _ = two.communicate(timeout=120)
+        assert two.returncode == 0 and printed.count("wrote") == 1, printed
 
 
 def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(team, train):
     two = team("two", steps=2000, microbatch=1)  # the signal comes within a step, likely
     os.kill(process_of_rank_1(two, team.folder), signal.SIGTERM)
     printed, _ = two.communicate(timeout=60)
-    assert two.returncode == 0 and "and saved; go on with --resume" in printed
-    stopped = torch.load(team.folder / "two/last.pt", weights_only=True)["run"]["step"]
+    assert two.returncode == 0 and "and saved; continue with --resume" in printed
+    stopped = torch.load(team.folder / "two/last.pt", weights_only=True)["state"]["step"]
     assert 0 < stopped < 2000 and not (team.folder / "two/ckpt.pt").exists()
     train("two", resume=True, steps=stopped + 3)
     assert (team.folder / "two/ckpt.pt").exists()
@@ -1240,7 +1362,7 @@ def test_a_process_that_dies_takes_the_other_with_it(team, train):
     printed, _ = two.communicate(timeout=60)
     assert two.returncode != 0 and "has lost another process of the run" in printed
     assert time.monotonic() - began < 60
-    saved = torch.load(out / "last.pt", weights_only=True)["run"]["step"]
+    saved = torch.load(out / "last.pt", weights_only=True)["state"]["step"]
     train("two", resume=True, steps=saved + 3)
     assert (out / "ckpt.pt").exists()
 
@@ -1248,9 +1370,10 @@ def test_a_process_that_dies_takes_the_other_with_it(team, train):
 # ------------------------------------------------------------------------------ export
 
 
-def test_an_exported_model_is_the_same_in_transformers(train):
+@pytest.mark.parametrize("recipe", ["modern", "electra"])
+def test_an_exported_model_is_the_same_in_transformers(train, recipe):
     transformers = pytest.importorskip("transformers")
-    train(recipe="modern", steps=80)
+    train(recipe=recipe, steps=80, generator_width=16)
     ckpt, folder = train.folder / "out/ckpt.pt", train.folder / "exported"
     printed = script("cram.py", "--out", train.folder / "out", "--export", folder)
     assert str(folder) in printed
@@ -1259,37 +1382,53 @@ def test_an_exported_model_is_the_same_in_transformers(train):
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [f"{WORDS[3]} <mask> {WORDS[5]}.", f"{' '.join(WORDS[80:92])} <mask>"]
     batch = tokens(texts, padding=True, return_tensors="pt")
-    assert batch["input_ids"][0, 0] == cram.CLS and batch["attention_mask"].min() == 0
-    for text, ids, keep in zip(texts, batch["input_ids"], batch["attention_mask"].bool()):
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    assert ids[0, 0] == cram.CLS and mask.min() == 0
+    for text, row, m in zip(texts, ids, mask):
         ours = tokenizer.encode(text, add_special_tokens=False).ids
-        assert ids[keep].tolist() == [cram.CLS, *ours, cram.SEP]
+        assert row[m].tolist() == [cram.CLS, *ours, cram.SEP]
+    assert tokens.decode(ids[1], skip_special_tokens=True) == " ".join(WORDS[80:92])
 
-    head = {"head.dense.weight", "head.norm.weight"}
-    classifier = {"classifier.weight", "classifier.bias"}
-    for kind, missing, unexpected in [("AutoModelForMaskedLM", set(), set()),
-                                      ("AutoModel", set(), head),
-                                      ("AutoModelForSequenceClassification", classifier, set())]:
+    head, classifier = {"head.dense.weight", "head.norm.weight"}, {
+        "classifier.weight", "classifier.bias"}
+    replaced = classifier if recipe == "electra" else set()
+    for kind, missing, unexpected in [
+            ("AutoModelForMaskedLM", set(), replaced), ("AutoModel", set(), head | replaced),
+            ("AutoModelForSequenceClassification", classifier - replaced, set()),
+            ("AutoModelForTokenClassification", classifier - replaced, set())]:
         theirs, report = getattr(transformers, kind).from_pretrained(
             folder, output_loading_info=True)
         assert type(theirs).__name__.startswith("ModernBert")
-        assert set(report["missing_keys"]) == missing, kind
-        assert set(report["unexpected_keys"]) == unexpected, kind
+        missing_now = set(report["missing_keys"]) - {"decoder.bias"}
+        assert (missing_now, set(report["unexpected_keys"])) == (missing, unexpected), kind
 
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
-    keep = batch["attention_mask"].bool()
     with torch.no_grad():
-        a, b = theirs(**batch).logits, model.logits(batch["input_ids"], keep)
-    torch.testing.assert_close(a[keep], b[keep], rtol=0, atol=2e-5)
+        for attention in ("eager", "sdpa"):
+            theirs = transformers.AutoModel.from_pretrained(
+                folder, attn_implementation=attention, dtype=torch.float32).eval()
+            torch.testing.assert_close(theirs(**batch).last_hidden_state[mask],
+                                       model.encode(ids, mask)[mask], rtol=0, atol=2e-5)
+        half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        torch.testing.assert_close(half(**batch).last_hidden_state[mask].float(),
+                                   model.encode(ids, mask)[mask], rtol=0.1, atol=0.1)
     assert set(theirs.config.layer_types) == {"full_attention"}  # these rows are in any window
 
-    printed = script("cram.py", "--out", train.folder / "out", "--fill", texts[0])
-    guesses = transformers.pipeline("fill-mask", model=str(folder))(texts[0])
-    for guess in guesses:
-        assert f"{guess['token_str']} {guess['score']:.1%}" in printed
-
-    card = (folder / "README.md").read_text()
-    for words in ("recipe modern", "80 steps", "| cpu |", "text.jsonl", "nats"):
-        assert words in card, words
+    if recipe == "electra":
+        found = transformers.pipeline("token-classification", model=str(folder),
+                                      ignore_labels=[])(texts[1])
+        p = model.replaced(ids[1:])[0, 1:-1]
+        assert [entry["score"] if entry["entity"] == "replaced" else 1 - entry["score"]
+                for entry in found] == pytest.approx(p.tolist(), abs=1e-5)
+    else:
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+        theirs.save_pretrained(train.folder / "again")
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(train.folder / "again")
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(**batch).logits[mask], model.logits(ids, mask)[mask],
+                                       rtol=0, atol=2e-5)
+        printed = script("cram.py", "--out", train.folder / "out", "--fill", texts[0])
+        for guess in transformers.pipeline("fill-mask", model=str(folder))(texts[0]):
+            assert f" {guess['score']:.1%}" in printed
 
 
 def test_what_cannot_be_exported_is_said(train):
@@ -1396,12 +1535,13 @@ def damage(folder, what):
     ("", ["--hours", "nan"], "--hours must be a positive number"),
     ("", ["--hours", "soon"], "invalid float"),
     ("", ["--hours", "1e-9"], "over before the first step"),
-    ("", ["--hours", "1", "--steps", "2"], "not both"),
+    ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
+    ("", ["--minutes", "1", "--hours", "2"], "one of --hours, --minutes and --steps"),
     ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
     ("", ["--device", "tpu"], "cannot be used"),
-    ("", ["--recipe", "magic"], "crammed or modern"),
+    ("", ["--recipe", "magic"], "crammed or modern or electra"),
     ("", ["--batch", "0"], "must be a positive number"),
-    ("", ["--resume"], "no checkpoint"),
+    ("", ["--resume"], "to resume"),
     ("", ["--fill", "a <mask>"], "no checkpoint"),
     ("", ["--no-such-flag"], "unrecognized"),
 ])
@@ -1410,9 +1550,8 @@ def test_cram_says_what_is_wrong(data, tmp_path, complaint, what, args, words):
     shutil.copytree(data, folder)
     damage(folder, what)
     budget = [] if "--hours" in args else ["--steps", 2]
-    tiny = [x for k, v in TINY.items() for x in (f"--{k}", v)]
     assert words in complaint(
-        cram, "--data", folder, "--out", tmp_path / "o", *budget, *tiny, *args)
+        cram, "--data", folder, "--out", tmp_path / "o", *budget, *flags_of(TINY), *args)
     assert not list((tmp_path / "o").glob("*.pt*")) if (tmp_path / "o").exists() else True
 
 
