@@ -86,7 +86,7 @@ PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
 BUCKET = 32  # batches are padded to a multiple of this: at most four shapes to record and compile
 BAR_S = 0.1 if sys.stderr.isatty() else 10  # seconds between updates of the progress bar
-BAR = "{desc}: {percentage:.0f} % of all steps done after {elapsed}, about {remaining} left"
+BAR = "{desc}{percentage:.0f} % of all steps done after {elapsed}, about {remaining} left"
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
