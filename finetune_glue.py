@@ -14,8 +14,8 @@ them. On a CUDA card a whole step is therefore recorded once, as a CUDA graph, a
 such step does not fill the card, so the trials of a task run side by side: 308 steps/s on an H200,
 where Hugging Face's Trainer makes 26.
 
-A trial's scores depend on checkpoint, task, seed, settings and data only. A trial that glue.json
-has with all of these is not run again; after a change of this code, move glue.json away.
+A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
+glue.json is not run again. The file does not know this code: if you change it, move the file away.
 
 Read from the top: tasks, metrics, data, classifier, a trial, results, the command.
 """
@@ -48,16 +48,15 @@ from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkp
 
 class Task(NamedTuple):
     columns: tuple  # of the text: one sentence, or a pair
-    labels: tuple  # names of labels 0, 1, ...; none: regression on 0 to 5
+    labels: tuple  # names of labels 0, 1, ...; empty: regression on 0 to 5
     metric: str  # one of METRICS
     train_rows: int | None = None  # of the official training set; another number is a subset
     test: dict = {}  # split -> the GLUE server's name of its file
-    validation: dict = {"validation": ()}  # split -> published scores, see PUBLISHED
+    validation: dict = {"validation": ()}  # split -> published: no pretraining, crammed v2, BERT
 
 
 PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
-PUBLISHED = ("no pretr.", "crammed v2", "BERT-base")  # on the validation sets, arXiv 2212.14034
 
 # A task of your own is one more entry, and two files in the folder given as --data:
 # emotion/train.jsonl and emotion/validation.jsonl, with lines like {"text": "oh no", "label": 0}.
@@ -84,14 +83,14 @@ EIGHT = [name for name, task in TASKS.items() if all(task.validation.values())] 
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
-BUCKET = 32  # batches are padded to a multiple of this: at most four shapes to record and compile
+BUCKET = 32  # batches are padded to a multiple of it: four lengths to record, for two kinds of
+#              block the eight codes that torch.compile keeps at most (recompile_limit)
 BAR_S = 0.1 if sys.stderr.isatty() else 10  # seconds between updates of the progress bar
-BAR = "{desc}{percentage:.0f} % of all steps done after {elapsed}, about {remaining} left"
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
-# Of predictions and labels (N,), as fractions of one. Where a formula would divide by zero the
-# score is 0, the convention of the field.
+# Each takes predictions and labels (N,). Where a formula would divide by zero the score is 0, as is
+# the convention.
 
 
 def accuracy(predicted, labels):
@@ -151,8 +150,8 @@ def read_split(name, split, folder):
         if not where.exists():
             where = where.with_suffix(".jsonl.xz")
         try:
-            with (lzma.open if where.suffix == ".xz" else open)(
-                    where, "rt", encoding="utf-8-sig") as f:  # -sig: without a byte order mark
+            opened = lzma.open if where.suffix == ".xz" else open
+            with opened(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
                 rows = [json.loads(line) for line in f if line.strip()]
         except FileNotFoundError:
             raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {where.parent}") from None
@@ -168,8 +167,8 @@ def read_split(name, split, folder):
 
 
 def find_problem(row, number, task, split):
-    """What is wrong with row `number`, counted from 0, of a split; None if it is as it should be.
-    A test split needs no labels, but the server goes by its idx."""
+    """What is wrong with row `number` of a split, or None. A test split needs no label, but its idx
+    must count from 0: the GLUE server goes by it."""
     is_test, top = split in task.test, len(task.labels) - 1 if task.labels else 5
     needed = task.columns if is_test else (*task.columns, "label")
     if not isinstance(row, dict) or not set(needed) <= set(row):
@@ -186,7 +185,7 @@ def find_problem(row, number, task, split):
 
 
 def load_task(name, args, tokenizer, device):
-    """The splits of a task as {name: Split} on the device, and a hash of all but test splits."""
+    """The splits of a task as {name: Split} on the device, and a hash of train and validation."""
     task, splits, content = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows, is_test = read_split(name, split, args.data), split in task.test
@@ -207,7 +206,7 @@ def load_task(name, args, tokenizer, device):
 
 
 def build_example(parts, max_length):
-    """<cls> A <sep> or <cls> A <sep> B <sep>, cut token by token from the end of the longer."""
+    """Token ids <cls> A <sep> or <cls> A <sep> B <sep>; if too long, the longer part is cut."""
     parts = [list(ids) for ids in parts]
     while 1 + sum(len(ids) + 1 for ids in parts) > max_length:
         max(parts, key=len).pop()
@@ -215,7 +214,7 @@ def build_example(parts, max_length):
 
 
 def epoch_batches(split, seed, epochs, batch_size):
-    """Row numbers (steps, B) of all steps of a trial, and the tokens (steps,) they are padded to.
+    """The row numbers (steps, B) of each step of a trial, and the length (steps,) it is padded to.
 
     Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
     """
@@ -240,10 +239,10 @@ def sha256(content):
 
 
 class Classifier(nn.Module):
-    """A tanh layer and an output layer, both with biases, on the first token's final state (config
-    crammed-bert). The head of modernbert is for <mask>, and not used.
+    """BERT, then a tanh layer and an output layer on the final state of the first token, <cls>.
 
-    On a card forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
+    Both layers have biases (config crammed-bert); modernbert's own head is for <mask> and not used.
+    forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
     """
 
     def __init__(self, bert, classes, dropout):
@@ -257,7 +256,7 @@ class Classifier(nn.Module):
                 module.p = dropout
 
     def init_head(self):
-        """Draw the weights outside bert anew, in the same tensors."""
+        """Draw new weights for both layers, in the same tensors."""
         for linear in (self.pool, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -281,13 +280,13 @@ def lr_at(step, steps, peak):
 
 # -------------------------------------------------------------------------------- 5. A trial
 
-COMPILE_ROWS = 50_000  # a training set that is worth compiling, 3 to 6 s for each length (H200)
+COMPILE_ROWS = 50_000  # training rows from which compiling pays, 3 to 6 s for each length (H200)
 
 
 def trials_at_once(model, device, batch_size):
-    """How many trials run side by side: what the card's memory holds, eight at most (on an H200 3 %
-    faster than five). A trial is taken to need 40 bytes a parameter: 16 for weight, gradient and
-    two moments, 24 for the activations of 16 rows. Measured were 31 in all."""
+    """How many trials run side by side: as many as fit in memory, at most eight (on an H200 3 %
+    faster than five). A trial is assumed to need 40 bytes per parameter: 16 for weight, gradient
+    and two moments, 24 for the activations of 16 rows. We measured 31 in all."""
     if device.type != "cuda":
         return 1
     one = sum(p.numel() for p in model.parameters()) * (16 + 24 * max(1, batch_size / 16))
@@ -295,12 +294,12 @@ def trials_at_once(model, device, batch_size):
 
 
 class Trial:
-    """The fine-tuning of a model on a task with one seed: run_step() for each step, then scores().
+    """Fine-tunes a copy of a model on one task with one seed: run_step(0), (1), ..., then scores().
 
-    A step is the same code everywhere. As a CUDA graph it reads and writes fixed places in memory,
-    so whatever changes is copied into them: row numbers and learning rate at every step, and the
-    weights, once recording is done. A trial has a stream and, for dropout, a random generator of
-    its own: it gives the same whatever runs beside it.
+    step() is the same code on every device. Recorded as a CUDA graph it reads and writes fixed
+    addresses, so whatever changes is copied there: row numbers and learning rate before every step,
+    the initial weights after recording. Each trial has its own stream and, for dropout, its own
+    random generator, so that its result does not depend on what runs beside it.
     """
 
     def __init__(self, bert, task, train, seed, dtype, args):
@@ -323,11 +322,11 @@ class Trial:
             fused=True, capturable=self.use_graphs)
         self.stream = None
         if self.use_graphs:
-            self.record_graphs(seed)
-        self.set_weights(bert, seed, args.scratch)  # only now, as recording takes steps
+            self.record_graphs()
+        self.set_weights(bert, seed, args.scratch)  # after recording, which updates weights
 
     def set_weights(self, bert, seed, scratch):
-        """Pretrained or random weights, a new head, no momentum, in the tensors there are."""
+        """Pretrained or random weights, a new head, no momentum, all in the existing tensors."""
         torch.manual_seed(seed)
         self.model.bert.load_state_dict(bert.state_dict())
         if scratch:
@@ -351,14 +350,13 @@ class Trial:
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
 
-    def record_graphs(self, seed):
+    def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently. Whether there is some follows from the task alone, so
-        # that a seed's score does not depend on the other tasks or the number of trials.
+        # Compiled code rounds differently. It depends on the task alone, so that a seed's score
+        # does not change with the other tasks or the number of trials.
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # Blocks are alike, and those of all trials share one code for each length (with
-            # modernbert two, as the first has no norm). Nothing else runs it: evaluation would
-            # compile for shapes of its own.
+            # Blocks are alike: those of all trials share one code per length (with modernbert two,
+            # as its first block has no norm). Evaluation, with shapes of its own, runs eager.
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
@@ -370,26 +368,26 @@ class Trial:
         self.generator = usual.clone_state()
         self.stream.wait_stream(torch.cuda.current_stream())
         for T in sorted(set(self.lengths)):
+            graph = self.graphs[T] = torch.cuda.CUDAGraph()
             with torch.compiler.set_stance("default"), warnings.catch_warnings():
-                # Three steps go before, because what is done once must not be in the graph:
+                # Three steps first, for what happens only once and must not be in the graph:
                 # compilation, the optimizer's first state, cuBLAS's choice of kernels
-                warnings.filterwarnings("ignore", ".*capturable=True")  # as these are not recorded
+                warnings.filterwarnings("ignore", ".*capturable=True")  # they are not recorded
                 with torch.cuda.stream(self.stream):
                     for _ in range(3):
                         self.step(T)
-                usual.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
-                # torch.cuda.graph first waits for the card. One piece of memory serves all lengths,
-                # as nothing in it has to last until the next replay
-                self.graphs[T] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[T], pool=memory, stream=self.stream):
+                usual.graphsafe_set_state(self.generator)  # dropout draws from this trial's
+                # torch.cuda.graph waits for the card first. All lengths share one memory pool, as
+                # nothing in it has to last until the next replay
+                with torch.cuda.graph(graph, pool=memory, stream=self.stream):
                     self.step(T)
                 usual.graphsafe_set_state(usual_state)
-            memory = self.graphs[T].pool()
+            memory = graph.pool()
 
     def run_step(self, k):
-        """Step k of the trial. The card may still be at it when this returns."""
+        """Step k of the trial. On a card it only starts the step, in the trial's stream."""
         T = self.lengths[k]
-        with torch.cuda.stream(self.stream):  # None, without graphs: the usual one
+        with torch.cuda.stream(self.stream):  # None without graphs: no change of stream
             self.chosen.copy_(self.rows[k])
             self.lr.copy_(self.lrs[k])
             if self.use_graphs:
@@ -409,8 +407,8 @@ class Trial:
                 outputs.append(self.model(ids, attention_mask).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
-            print("this trial diverged and predicts one and the same; a smaller --lr may help")
-            logits = np.zeros_like(logits)
+            print("the next score is of a trial that diverged: a smaller --lr may help", flush=True)
+            logits = np.zeros_like(logits)  # the same prediction for every row
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
     def scores(self, splits):
@@ -421,24 +419,18 @@ class Trial:
 
 
 def run_trials(trials, report):
-    """Run trials of a task side by side; calls report(cost) after each step."""
+    """Run trials of one task side by side; calls report() after each step."""
     for k in range(len(trials[0].lengths)):  # the same number for all
         for trial in trials:
             trial.run_step(k)
-            report(step_cost(trial.lengths[k], trial.device))
+            report()
     if trials[0].use_graphs:
         torch.cuda.synchronize()
 
 
-def step_cost(T, device):
-    """What a step with rows of T tokens costs, in tokens of a row. On a card each kernel takes some
-    time however little it does (16 rows, H200: 2.4 ms and 26 us times T)."""
-    return T + (92 if device.type == "cuda" else 0)
-
-
 # -------------------------------------------------------------------------------- 6. Results
-# glue.json is a list of results, a line for each trial. Its key identifies the trial: {task, seed,
-# checkpoint, settings, data, rows}. {scores, torch, card} are recorded beside it and not compared.
+# glue.json is a list with one line per trial. {task, seed, checkpoint, settings, data, rows} is the
+# key that identifies it; {scores, torch, card} are recorded beside it and never compared.
 
 
 def read_results(path):
@@ -479,18 +471,18 @@ def write_test_files(folder, trial, splits):
 
 
 def write_atomic(path, text):
-    """Write a file or, if interrupted, leave the old one."""
+    """Save atomically: temporary file, rename."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(text.encode())  # bytes: Windows would change the line ends
     os.replace(part, path)
 
 
 def print_table(results):
-    """Median and spread of each task, beside published scores. The results are of one checkpoint
-    and one set of settings; if a task was run on several data sets, the last one counts."""
+    """Median and spread of each task's trials, beside published scores. Expects results of one
+    checkpoint and one set of settings; if a task's data changed, only the newest data counts."""
     print(f"\n{'':56}published: arXiv 2212.14034\n{'task':16} {'metric':8} median  lowest highest "
           "trials  no pretr. crammed v2  BERT-base")
-    rows, note = {}, ""  # the numbers of each split of GLUE, as many as the paper averages
+    rows, note = {}, ""  # {(task, split): (ours, *published)}, the nine that the paper averages
     for name, task in TASKS.items():
         trials = [result for result in results if result["task"] == name]
         trials = [result for result in trials if result["data"] == trials[-1]["data"]]
@@ -524,7 +516,7 @@ def parse_arguments():
     add("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the columns of "
         "nyu-mll/glue; without it they come from the hub")
     add("--out", help="folder for the results; without it that of --ckpt")
-    add("--trials", type=int, default=5, help="runs with different seeds")
+    add("--trials", type=int, default=5, help="runs with different seeds; the median counts")
     add("--epochs", type=int, default=5, help="passes over the training rows")
     add("--batch-size", type=int, default=16, help="examples per step")
     add("--lr", type=float, default=4e-5, help="peak learning rate")
@@ -547,8 +539,8 @@ def parse_arguments():
 
 
 def plan_trials(names, data, args, common, results, at_once):
-    """[(task, keys of trials to run side by side)]: trials without a result and, with --test, the
-    first in any case."""
+    """[(task, keys of trials to run side by side)] for all trials without a result; with --test
+    also for the first. Says which training sets are subsets."""
     groups = []
     for name in names:
         splits, digest = data[name]
@@ -571,7 +563,7 @@ def main():
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
     if dtype == torch.float16:
-        dtype = torch.float32  # fp16 needs a loss scaler that skips steps, which a graph cannot
+        dtype = torch.float32  # fp16 needs a loss scaler, which skips steps: a graph cannot
     bert, tokenizer = load_checkpoint(args.ckpt, device)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     if args.dropout is None:
@@ -581,7 +573,7 @@ def main():
     common = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
               "settings": {name: getattr(args, name) for name in settings}}
 
-    # Whatever can be wrong with files is said before the first step
+    # Everything that can be wrong with files is found before the first step
     out = Path(args.out or Path(args.ckpt).parent)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()
@@ -595,14 +587,13 @@ def main():
     groups = plan_trials(names, data, args, common, results,
                          trials_at_once(bert, device, args.batch_size))
 
-    cost = sum(step_cost(T, device) for name, keys in groups for key in keys for T in epoch_batches(
-        data[name][0]["train"], key["seed"], args.epochs, args.batch_size)[1])
-    bar = tqdm(total=cost, mininterval=BAR_S, disable=not groups, bar_format=BAR)
+    steps = sum(len(keys) * (keys[0]["rows"] // args.batch_size) for _, keys in groups)
+    bar = tqdm(total=steps * args.epochs, unit=" steps", mininterval=BAR_S, disable=not groups)
     for name, keys in groups:
         task, splits = TASKS[name], data[name][0]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
-        bar.unpause()  # compiling and recording do not count as speed
+        bar.unpause()  # the speed, and the time left, without compiling and recording
         run_trials(trials, bar.update)
         bar.clear()
         for trial, key in zip(trials, keys):
@@ -612,9 +603,8 @@ def main():
                   + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
             if args.test and key["seed"] == args.seed:  # chosen before its score was known
                 write_test_files(test_folder, trial, splits)
-        # The next ones need the memory, and del leaves what refers to itself: compiled models
         del trials, trial
-        gc.collect()
+        gc.collect()  # compiled models refer to themselves; the next trials need their memory
         torch.cuda.empty_cache()
     bar.close()
     print_table([result for result in read_results(path) if common.items() <= result.items()])

@@ -1526,7 +1526,7 @@ def test_all_of_glue_end_to_end(train, tmp_path):
     script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
     printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
     assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
-    assert "100 % of all steps" in printed and not (tmp_path / "out/glue.json").exists()
+    assert " 100%" in printed and not (tmp_path / "out/glue.json").exists()
     scores = results_in(tmp_path / "new/results")
     assert set(scores) == {(name, seed) for name in finetune_glue.TASKS for seed in (0, 1)}
     nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
@@ -1717,7 +1717,7 @@ def trial_of(seed=0, dropout=0.0, lr=1e-2, dtype=torch.float32):
 
 def run(*trials):
     """Their weights at the end."""
-    finetune_glue.run_trials(trials, lambda cost: None)
+    finetune_glue.run_trials(trials, lambda: None)
     return [list(trial.model.parameters()) for trial in trials]
 
 
@@ -1841,6 +1841,8 @@ def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_pat
     monkeypatch.setattr(finetune_glue.Trial, "run_step", None)  # all below is said before a step
     refused("no test.jsonl", "--test")
     refused("glue.json", "--out", glue.folder / "glue.json")  # a file
+    if Path("/proc/self").is_dir():  # where even root cannot write
+        refused("/proc/self", "--out", "/proc/self")
     (glue.folder / "glue.json").write_text('{"runs": 3}')
     refused("glue.json is not a results file")
     (folder / "train.jsonl").write_text(json.dumps({"text": "x", "label": 0}))
