@@ -1695,27 +1695,29 @@ def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
 # --- A trial, without the command
 
 
-def split_of(lengths):
+def split_of(lengths, device="cpu"):
     """Examples of so many random tokens."""
     generator = torch.Generator().manual_seed(0)
     padded = np.array([-(-n // 32) * 32 for n in lengths])
     ids = torch.zeros(len(lengths), padded.max(), dtype=torch.int32)
     for row, length in zip(ids, lengths):
         row[:length] = torch.randint(5, 50, (length,), generator=generator)
-    return finetune_glue.Split(ids, torch.tensor([i % 2 for i in range(len(lengths))]), padded)
+    labels = torch.tensor([i % 2 for i in range(len(lengths))])
+    return finetune_glue.Split(ids.to(device), labels.to(device), padded)
 
 
 LENGTHS = random.Random(1).choices(range(3, 100), k=30)
 
 
-def trial_of(seed=0, dropout=0.0, lr=1e-2, dtype=torch.float32):
+def trial_of(seed=0, dropout=0.0, lr=1e-2, device="cpu"):
     """A small model to tune on CoLA with examples of LENGTHS, four a step."""
     args = argparse.Namespace(batch_size=4, lr=lr, scratch=False, epochs=2, dropout=dropout)
-    return finetune_glue.Trial(model_of(seq_len=128).float(), finetune_glue.TASKS["cola"],
-                               split_of(LENGTHS), seed, dtype, args)
+    return finetune_glue.Trial(
+        model_of(seq_len=128).float().to(device), finetune_glue.TASKS["cola"],
+        split_of(LENGTHS, device), seed, torch.float32, args)
 
 
-def run(*trials):
+def weights_after(*trials):
     """Their weights at the end."""
     finetune_glue.run_trials(trials, lambda: None)
     return [list(trial.model.parameters()) for trial in trials]
@@ -1751,7 +1753,7 @@ def test_a_trial_is_adamw_on_its_batches():
     trial, split = trial_of(seed=5, lr=1e-3), split_of(LENGTHS)
     trial.model.double()
     reference = copy.deepcopy(trial.model)
-    [ours] = run(trial)
+    [ours] = weights_after(trial)
     rows = finetune_glue.epoch_batches(split, 5, 2, 4)[0]
 
     optimizer = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.98), eps=1e-6,
@@ -1769,13 +1771,13 @@ def test_a_trial_is_adamw_on_its_batches():
 
 
 def test_trials_side_by_side_are_the_trials_alone():
-    alone = [run(trial_of(seed))[0] for seed in (0, 1)]
-    assert same(run(trial_of(0), trial_of(1)), alone) and not same(*alone)
+    alone = [weights_after(trial_of(seed))[0] for seed in (0, 1)]
+    assert same(weights_after(trial_of(0), trial_of(1)), alone) and not same(*alone)
 
 
 def test_recording_leaves_nothing_behind(monkeypatch):
     """A card takes steps to record, with the dropout of training. Here they are only taken."""
-    [expected] = run(trial_of(dropout=0.1))
+    [expected] = weights_after(trial_of(dropout=0.1))
     real = finetune_glue.Trial.set_weights
 
     def record_first(self, *args):
@@ -1788,7 +1790,17 @@ def test_recording_leaves_nothing_behind(monkeypatch):
         assert places == [p.data_ptr() for p in self.model.parameters()]  # what a graph holds
 
     monkeypatch.setattr(finetune_glue.Trial, "set_weights", record_first)
-    assert same(run(trial_of(dropout=0.1))[0], expected)
+    assert same(weights_after(trial_of(dropout=0.1))[0], expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_replayed_graphs_are_the_steps_one_by_one():
+    eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
+    eager.use_graphs = False
+    (expected,), (ours, _) = weights_after(eager), weights_after(*replayed)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(ours, expected))
+    before = model_of(seq_len=128).float().embed.weight
+    assert (ours[0].cpu() - before).abs().max() > 1e-2  # what the steps change is far more
 
 
 def test_blocks_share_one_compiled_code_for_each_length():
