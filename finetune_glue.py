@@ -506,29 +506,27 @@ def print_table(results):
 
 
 def parse_arguments():
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, " (default: %(default)s)"
     add("--task", required=True, nargs="+", choices=[*TASKS, "all"], metavar="TASK",
         help=f"one or more of {', '.join(TASKS)}; or all, the eight of GLUE")
-    add("--ckpt", default="out/ckpt.pt", help="what cram.py wrote")
+    add("--ckpt", default="out/ckpt.pt", help="what cram.py wrote" + default)
     add("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the columns of "
-        "nyu-mll/glue; without it they come from the hub")
-    add("--out", help="folder for the results; without it that of --ckpt")
-    add("--trials", type=int, default=5, help="runs with different seeds; the median counts")
-    add("--epochs", type=int, default=5, help="passes over the training rows")
-    add("--batch-size", type=int, default=16, help="examples per step")
-    add("--lr", type=float, default=4e-5, help="peak learning rate")
-    add("--dropout", type=float, help="fraction of values set to zero while training; without it "
-        "the paper's 0.1, or for --model modernbert 0, as in transformers")
-    add("--seed", type=int, default=0, help="of the first trial; the next has + 1")
+        "nyu-mll/glue (default: they come from the hub)")
+    add("--out", help="folder for the results (default: that of --ckpt)")
+    add("--trials", type=int, default=5, help="runs with different seeds" + default)
+    add("--epochs", type=int, default=5, help="passes over the training rows" + default)
+    add("--batch-size", type=int, default=16, help="examples per step" + default)
+    add("--lr", type=float, default=4e-5, help="peak learning rate" + default)
+    add("--dropout", type=float, help="fraction of values set to zero while training (default: the "
+        "paper's 0.1; with --model modernbert 0, as in transformers)")
+    add("--seed", type=int, default=0, help="of the first trial; the next has + 1" + default)
     add("--scratch", action="store_true",
         help="random weights of the checkpoint's size, as a control")
     add("--test", action="store_true", help="also run the first trial (again) and write its "
         "predictions of the test splits, for the GLUE server")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--device", default="auto", help="auto, cuda, mps or cpu" + default)
     args = parser.parse_args()
     if not min(args.trials, args.epochs, args.batch_size, args.lr) > 0:
         parser.error("--trials, --epochs, --batch-size and --lr must be positive")
