@@ -1,24 +1,23 @@
 """Fine-tune a crammed BERT on GLUE and score it.
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
-    python finetune_glue.py --task rte cola           # two; compiled once for both
     python finetune_glue.py --task all --trials 5     # the eight tasks, and their average
-    python finetune_glue.py --task all --test         # also out/glue_test/*.tsv for the GLUE server
+    python finetune_glue.py --task all --test         # also the files that the GLUE server takes
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
 The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
-tasks, five epochs, the score after the last one, the median of five trials. No task trains
-on another task's data. Only the dropout depends on the checkpoint's model, see --dropout.
+tasks, five epochs, the score after the last one, the median of five trials. No task trains on
+another task's data. Only dropout depends on the model, see --dropout.
 
-A step on 16 short rows is a thousand small kernels, and starting them takes longer than running
-them. On a card with bf16 a whole step is therefore recorded once, as a CUDA graph, and replayed;
-and as one such step does not fill the card, the trials of a task run side by side.
+A step on 16 short rows is a thousand small kernels, and launching them takes longer than running
+them. On a CUDA card a whole step is therefore recorded once, as a CUDA graph, and replayed. One
+such step does not fill the card, so the trials of a task run side by side: 308 steps/s on an H200,
+where Hugging Face's Trainer makes 26.
 
-Trials that glue.json has are not run again, but for the first if --test needs its predictions. It
-knows checkpoint, settings and data, not the device and not this code: after a change there move it
-away.
+A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
+glue.json is not run again. The file does not know this code: if you change it, move the file away.
 
-Read from the top: tasks, metrics, data, classifier, one task, results, all trials.
+Read from the top: tasks, metrics, data, classifier, a trial, results, the command.
 """
 
 import argparse
@@ -31,11 +30,10 @@ import lzma
 import math
 import os
 import sys
-import time
+import tempfile
 import warnings
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,22 +46,21 @@ from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkp
 # -------------------------------------------------------------------------------- 1. Tasks
 
 
+class Task(NamedTuple):
+    columns: tuple  # of the text: one sentence, or a pair
+    labels: tuple  # names of labels 0, 1, ...; empty: regression on 0 to 5
+    metric: str  # one of METRICS
+    train_rows: int | None = None  # of the official training set; another number is a subset
+    test: dict = {}  # split -> the GLUE server's name of its file
+    validation: dict = {"validation": ()}  # split -> published: no pretraining, crammed v2, BERT
+
+
 PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 
-
-@dataclass
-class Task:
-    columns: tuple  # of the text: one sentence, or a pair
-    labels: tuple  # the server's words for labels 0, 1, ...; none: regression on 0 ... 5
-    metric: str
-    train_rows: int  # of the official training set; another number is marked as a subset
-    test: dict  # split -> the server's name of its file
-    validation: dict  # split -> published scores: not pretrained, crammed v2, BERT-base
-
-
-# Order and metrics of the paper's tables, without WNLI; each validation split is one number of the
-# average. A task of your own is one more entry, with no test files and () as published scores.
+# A task of your own is one more entry, and two files in the folder given as --data:
+# emotion/train.jsonl and emotion/validation.jsonl, with lines like {"text": "oh no", "label": 0}.
+#     "emotion": Task(("text",), ("sad", "happy", "angry"), "accuracy"),
 TASKS = {
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
                  392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
@@ -82,18 +79,18 @@ TASKS = {
     "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
                  {"validation": (0.0, 53.3, 56.5)}),
 }
-# The tasks whose scores the paper averages
-PAPERS = [name for name, task in TASKS.items() if all(task.validation.values())]
+EIGHT = [name for name, task in TASKS.items() if all(task.validation.values())]  # --task all
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
-BUCKET = 32  # batches are padded to a multiple of this: at most four shapes
-BAR_S = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the progress bar
+BUCKET = 32  # batches are padded to a multiple of it: four lengths to record, for two kinds of
+#              block the eight codes that torch.compile keeps at most (recompile_limit)
+BAR_S = 0.1 if sys.stderr.isatty() else 10  # seconds between updates of the progress bar
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
-# Of predictions and labels (N,), as fractions of one. Where a formula would divide by zero the
-# score is 0, as is the convention of the field.
+# Each takes predictions and labels (N,). Where a formula would divide by zero the score is 0, as is
+# the convention.
 
 
 def accuracy(predicted, labels):
@@ -114,10 +111,10 @@ def matthews(predicted, labels):
 
 def pearson(predicted, labels):
     """Linear correlation."""
-    predicted, labels = predicted.astype(float), labels.astype(float)
-    x, y = predicted - np.mean(predicted), labels - np.mean(labels)
+    x, y = predicted.astype(float), labels.astype(float)
+    tiny = 1e-12 * (1 + np.abs(x).max() * np.abs(y).max())  # less is rounding
+    x, y = x - x.mean(), y - y.mean()
     scale = np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())
-    tiny = 1e-12 * (1 + np.abs(predicted).max() * np.abs(labels).max())  # less is rounding
     return float((x * y).sum() / scale) if scale > tiny else 0.0
 
 
@@ -127,110 +124,125 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pear
 # -------------------------------------------------------------------------------- 3. Data
 
 
-@dataclass
-class Split:
-    ids: torch.Tensor  # (N, L) int32, filled up with PAD
-    labels: torch.Tensor  # (N,)
+class Split(NamedTuple):
+    ids: torch.Tensor  # (N, L) int32, padded with PAD
+    labels: torch.Tensor  # (N,) int64 classes or float32 numbers; zeros in a test split
     lengths: np.ndarray  # (N,) tokens of each example, rounded up to a multiple of BUCKET
-    sha256: str  # of the texts and labels as they were read
 
 
 def read_split(name, split, folder):
-    """Rows of a split as dictionaries: local <folder>/<task>/<split>.jsonl[.xz], or the hub's."""
+    """The rows of a split: of <folder>/<task>/<split>.jsonl[.xz], or of the hub without a folder.
+
+    Raises CramError if they cannot be read, or if one of them is not what the task needs.
+    """
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
+        where = f"nyu-mll/glue {name} {split}"
         try:
-            return list(datasets.load_dataset("nyu-mll/glue", name, split=split))
+            rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
         except Exception as error:  # the hub's client raises whatever its HTTP library does
             raise CramError(
-                f"cannot load nyu-mll/glue {name} from the Hugging Face hub "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Without a "
-                f"network, give --data, a folder with {name}/{split}.jsonl or .jsonl.xz"
-            ) from None
-    for suffix, opened in ((".jsonl", open), (".jsonl.xz", lzma.open)):
-        path = Path(folder) / name / (split + suffix)
-        if path.exists():
-            try:
-                with opened(path, "rt", encoding="utf-8") as f:
-                    return [json.loads(line) for line in f if line.strip()]
-            except (ValueError, EOFError, lzma.LZMAError) as error:
-                raise CramError(f"{path} cannot be read: {error}") from None
-    raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {Path(folder) / name}")
+                f"cannot load {where} from the Hugging Face hub ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}). Without a network, give --data") from None
+    else:
+        where = Path(folder) / name / f"{split}.jsonl"
+        if not where.exists():
+            where = where.with_suffix(".jsonl.xz")
+        try:
+            opened = lzma.open if where.suffix == ".xz" else open
+            with opened(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
+                rows = [json.loads(line) for line in f if line.strip()]
+        except FileNotFoundError:
+            raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {where.parent}") from None
+        except (ValueError, EOFError, lzma.LZMAError) as error:
+            raise CramError(f"{where} cannot be read: {error}") from None
 
-
-def load_split(name, split, folder, tokenizer, max_length, device):
-    """A split as the model reads it. A test split has no labels, whatever its rows say."""
-    task, rows, where = TASKS[name], read_split(name, split, folder), f"{name} {split}"
-    labelled = split not in task.test
-    top = len(task.labels) - 1 if task.labels else 5  # the largest label
-    needed = (*task.columns, "label") if labelled else task.columns
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not set(needed) <= set(row):
-            raise CramError(f"{where} row {number}: needs the columns {' and '.join(needed)}")
-        if any(not isinstance(row[column], str) for column in task.columns):
-            raise CramError(f"{where} row {number}: the text is not a string")
-        label = row["label"] if labelled else 0
-        if not isinstance(label, (int, float)) or not (
-                label in range(top + 1) if task.labels else 0 <= label <= top):
-            raise CramError(f"{where} row {number}: label {label!r} is not from 0 to {top}")
     if not rows:
         raise CramError(f"{where} has no rows")
-    if not labelled and "idx" in rows[0]:  # the server counts by it
-        if {str(row.get("idx")) for row in rows} != {*map(str, range(len(rows)))}:
-            raise CramError(f"{where}: its column idx is not 0 to {len(rows) - 1}, each once")
-        rows.sort(key=lambda row: int(row["idx"]))
-
-    texts = [[tokens.ids for tokens in tokenizer.encode_batch_fast(
-        [row[column] for row in rows], add_special_tokens=False)] for column in task.columns]
-    examples = [join(parts, max_length) for parts in zip(*texts)]
-    lengths = np.array([min(-(-len(ids) // BUCKET) * BUCKET, max_length) for ids in examples])
-    ids = np.full((len(rows), lengths.max()), PAD, np.int32)
-    for row, example in zip(ids, examples):
-        row[: len(example)] = example
-    labels = torch.tensor([row["label"] if labelled else 0 for row in rows],
-                          dtype=torch.int64 if task.labels else torch.float32)
-    content = json.dumps([[row[column] for column in needed] for row in rows])
-    return Split(torch.from_numpy(ids).to(device), labels.to(device), lengths, sha256(content))
+    for number, row in enumerate(rows):
+        if problem := find_problem(row, number, TASKS[name], split):
+            raise CramError(f"{where}, row {number + 1}: {problem}")
+    return rows
 
 
-def sha256(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+def find_problem(row, number, task, split):
+    """What is wrong with row `number` of a split, or None. A test split needs no label, but its idx
+    must count from 0: the GLUE server goes by it."""
+    is_test = split in task.test
+    needed = task.columns if is_test else (*task.columns, "label")
+    if not isinstance(row, dict) or not set(needed) <= set(row):
+        return f"needs the columns {' and '.join(needed)}"
+    if not all(isinstance(row[column], str) for column in task.columns):
+        return "the text is not a string"
+    if is_test:
+        idx = row.get("idx", number)
+        return None if idx == number else f"idx is {idx!r}, not {number}"
+    label, top = row["label"], len(task.labels) - 1 if task.labels else 5
+    if not isinstance(label, (int, float)) or not 0 <= label <= top or (
+            task.labels and label != int(label)):
+        return f"label {label!r} is not from 0 to {top}"
 
 
-def join(parts, max_length):
-    """<cls> A <sep> or <cls> A <sep> B <sep>, cut token by token from the end of the longer."""
+def load_task(name, args, tokenizer, device):
+    """The splits of a task as {name: Split} on the device, and a hash of train and validation."""
+    task, splits, content = TASKS[name], {}, []
+    for split in ("train", *task.validation, *(task.test if args.test else ())):
+        rows, is_test = read_split(name, split, args.data), split in task.test
+        texts = [[row[column] for row in rows] for column in task.columns]
+        labels = [0 if is_test else row["label"] for row in rows]
+        content += [] if is_test else [texts, labels]
+        tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
+        examples = [build_example([part.ids for part in parts], args.max_length)
+                    for parts in zip(*tokens)]
+        lengths = np.array([min(math.ceil(len(example) / BUCKET) * BUCKET, args.max_length)
+                            for example in examples])
+        ids = np.full((len(rows), lengths.max()), PAD, np.int32)
+        for row, example in zip(ids, examples):
+            row[: len(example)] = example
+        labels = torch.tensor(labels, dtype=torch.int64 if task.labels else torch.float32)
+        splits[split] = Split(torch.from_numpy(ids).to(device), labels.to(device), lengths)
+    return splits, sha256(json.dumps(content))
+
+
+def build_example(parts, max_length):
+    """Token ids <cls> A <sep> or <cls> A <sep> B <sep>; if too long, the longer part is cut."""
     parts = [list(ids) for ids in parts]
     while 1 + sum(len(ids) + 1 for ids in parts) > max_length:
         max(parts, key=len).pop()
     return [CLS] + [token for ids in parts for token in (*ids, SEP)]
 
 
-def plan(split, seed, epochs, B):
-    """The rows (steps, B) of each step of a trial, and the tokens T (steps,) they are padded to.
+def epoch_batches(split, seed, epochs, batch_size):
+    """The row numbers (steps, B) of each step of a trial, and the length (steps,) it is padded to.
 
     Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
     """
     shuffle, N = np.random.default_rng(seed), len(split.lengths)
-    rows = np.concatenate([shuffle.permutation(N)[: N // B * B] for _ in range(epochs)])
-    rows = rows.reshape(-1, B)
+    rows = np.concatenate([
+        shuffle.permutation(N)[: N // batch_size * batch_size] for _ in range(epochs)])
+    rows = rows.reshape(-1, batch_size)
     return rows, split.lengths[rows].max(1)
 
 
-def batch_of(split, chosen, T):
-    """Examples `chosen` of a split, T tokens of each: ids, keep (B, T), labels (B,)."""
+def read_batch(split, chosen, T):
+    """Examples `chosen` (B,) of a split: ids, attention_mask (B, T), labels (B,)."""
     ids = split.ids[chosen, :T]
     return ids, ids != PAD, split.labels[chosen]
+
+
+def sha256(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 # -------------------------------------------------------------------------------- 4. Classifier
 
 
 class Classifier(nn.Module):
-    """What the final norm gives for the first token, through a tanh layer and an output layer, both
-    with biases (config crammed-bert). The head of modernbert is for <mask>, and not used.
+    """BERT, then a tanh layer and an output layer on the final state of the first token, <cls>.
 
-    On a card forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
+    Both layers have biases (config crammed-bert); modernbert's own head is for <mask> and not used.
+    forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
     """
 
     def __init__(self, bert, classes, dropout):
@@ -244,20 +256,19 @@ class Classifier(nn.Module):
                 module.p = dropout
 
     def init_head(self):
-        """New values for every parameter outside bert: each trial begins with this, in the tensors
-        of the trial before."""
+        """Draw new weights for both layers, in the same tensors."""
         for linear in (self.pool, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, ids, keep):
-        """ids (B, T), keep (B, T) False at padding -> logits (B, classes)."""
-        first = self.bert.encode(ids, keep)[:, 0]
+    def forward(self, ids, attention_mask):
+        """ids (B, T), attention_mask (B, T) False at padding -> logits (B, classes)."""
+        first = self.bert.encode(ids, attention_mask)[:, 0]
         return self.out(self.dropout(torch.tanh(self.pool(first))))
 
 
 def lr_at(step, steps, peak):
-    """Up over the first 10 % of the task's own steps, then a cosine to zero.
+    """Linear warm-up over the first 10 % of the task's own steps, then a cosine to zero.
 
     The original code kept the first task's warm-up for all later ones, a bug.
     """
@@ -267,400 +278,336 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# -------------------------------------------------------------------------------- 5. One task
+# -------------------------------------------------------------------------------- 5. A trial
 
-COMPILE_STEPS = 2_000  # it takes 3 to 6 s for each length and saves 1 to 3 ms a step (H200)
-
-
-def lengths_to_compile(steps, device, dtype):
-    """Lengths worth compiling for; steps: {length: steps of all trials that the command runs}."""
-    can = records_graphs(device, dtype) and can_compile(device)
-    return {T for T, n in steps.items() if can and n >= COMPILE_STEPS}
+COMPILE_ROWS = 50_000  # training rows from which compiling pays, 3 to 6 s for each length (H200)
 
 
-def records_graphs(device, dtype):
-    """Whether steps are CUDA graphs. Not with fp16, whose loss scaler must be free to skip one."""
-    return device.type == "cuda" and dtype != torch.float16
-
-
-def trials_at_once(model, device, dtype, B):
-    """As many as the card's memory holds, eight at most (on an H200 they are 3 % faster than five);
-    one where steps are not recorded. A trial is taken to need 40 bytes a parameter: 16 for weight,
-    gradient and two moments, 24 for the activations of 16 rows. Measured were 31 in all."""
-    if not records_graphs(device, dtype):
+def trials_at_once(model, device, dtype, batch_size):
+    """How many trials run side by side: as many as fit in memory, at most eight (on an H200 3 %
+    faster than five). A trial is assumed to need 40 bytes per parameter in bf16: 16 for weight,
+    gradient and two moments, 24 for the activations of 16 rows. We measured 31 in all."""
+    if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    a_trial = sum(p.numel() for p in model.parameters()) * (16 + 24 * max(1, B / 16))
-    return min(8, max(1, int(free / a_trial)))
+    bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)
+    needed = sum(p.numel() for p in model.parameters()) * bytes_each
+    return min(8, max(1, int(torch.cuda.mem_get_info(device)[0] / needed)))
 
 
-class Tuning:
-    """A model that is fine-tuned on one task, trial after trial in the same tensors.
+class Trial:
+    """Fine-tunes a copy of a model on one task with one seed: run_step(0), (1), ..., then scores().
 
-    A step is the same code everywhere. Recorded as a CUDA graph it reads and writes fixed places
-    in memory, so all that changes is copied into them: row numbers and learning rate at every
-    step, weights and optimizer state at the start of a trial. Its steps follow each other in a
-    stream of its own, with random numbers of its own for dropout: a trial gives the same whatever
-    runs beside it.
+    step() is the same code on every device. Recorded as a CUDA graph it reads and writes fixed
+    addresses, so whatever changes is copied there: row numbers and learning rate before every step,
+    the initial weights after recording. Each trial has its own stream and, for dropout, its own
+    random generator, so that its result does not depend on what runs beside it.
     """
 
-    def __init__(self, bert, task, train, dtype, args, compiled=()):
-        self.pretrained, self.task, self.data, self.args = bert, task, train, args
-        self.device = device = train.ids.device
-        self.fp16, self.records = dtype == torch.float16, records_graphs(device, dtype)
-        self.model = Classifier(
-            copy.deepcopy(bert), len(task.labels) or 1, args.dropout).to(device)
+    def __init__(self, bert, task, train, seed, dtype, args):
+        self.task, self.train, self.device = task, train, train.ids.device
+        rows, lengths = epoch_batches(train, seed, args.epochs, args.batch_size)
+        self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
+        self.lrs = torch.tensor([lr_at(k, len(rows), args.lr) for k in range(len(rows))],
+                                device=self.device)
+        self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=self.device)
+        self.lr = torch.zeros((), device=self.device)
+
+        classes = len(task.labels) or 1
+        self.model = Classifier(copy.deepcopy(bert), classes, args.dropout).to(self.device).train()
         self.autocast = functools.partial(
-            torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32,
+            torch.autocast, self.device.type, dtype=dtype, enabled=dtype != torch.float32,
             cache_enabled=False)  # a cached cast would be in one graph and missing in the next
-        self.lr = torch.zeros((), device=device)
+        self.use_graphs = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0,
-            fused=True, capturable=self.records)
-        self.chosen = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
-        self.graphs, self.graph_memory, self.stream = {}, None, None
-        if self.records:
-            self.stream = torch.cuda.Stream(device)
-            self.generator = torch.cuda.default_generators[device.index].clone_state()
-        self.compiled = compiled  # the lengths that run compiled blocks
-        if compiled:
-            # Blocks are alike and share one code for each length; with modernbert two, as the first
-            # has no norm. From here on nothing runs compiled except in record(): evaluation would
-            # compile for shapes of its own
-            torch.compiler.set_stance("force_eager")
-            for block in self.model.bert.blocks:
-                block.compile(dynamic=False)
+            fused=True, capturable=self.use_graphs)
+        self.stream = None
+        if self.use_graphs:
+            self.record_graphs()
+        self.set_weights(bert, seed, args.scratch)  # after recording, which updates weights
 
-    def start(self, seed):
-        """A new trial: pretrained or random weights, a new head, no momentum."""
-        rows, lengths = plan(self.data, seed, self.args.epochs, self.args.batch_size)
-        self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
-        self.lrs = torch.tensor([lr_at(k, len(rows), self.args.lr) for k in range(len(rows))],
-                                device=self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.fp16)
-        self.model.train()  # before recording: a graph has dropout, or has not
-        if self.records:
-            for T in sorted(set(self.lengths) - set(self.graphs)):
-                self.record(T)
-
-        # Only now, as recording takes steps
+    def set_weights(self, bert, seed, scratch):
+        """Pretrained or random weights, a new head, no momentum, all in the existing tensors."""
         torch.manual_seed(seed)
-        self.model.bert.load_state_dict(self.pretrained.state_dict())
-        if self.args.scratch:
+        self.model.bert.load_state_dict(bert.state_dict())
+        if scratch:
             self.model.bert.init_weights()
         self.model.init_head()
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
-        if self.records:
+        if self.use_graphs:
             self.generator.manual_seed(seed)
             self.stream.wait_stream(torch.cuda.current_stream())
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
-        ids, keep, labels = batch_of(self.data, self.chosen, T)
+        ids, attention_mask, labels = read_batch(self.train, self.chosen, T)
         with self.autocast():
-            logits = self.model(ids, keep).float()
+            logits = self.model(ids, attention_mask).float()
             loss = (F.cross_entropy(logits, labels) if self.task.labels
                     else F.mse_loss(logits[:, 0], labels))
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss.backward()
+        self.optimizer.step()
         self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
 
-    def record(self, T):
-        """Record step(T) as a CUDA graph.
+    def record_graphs(self):
+        """Record step(T) as a CUDA graph for each length T of the trial."""
+        # Compiled code rounds differently. It depends on the task alone, so that a seed's score
+        # does not change with the other tasks or the number of trials.
+        if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
+            # Blocks are alike: those of all trials share one code per length (with modernbert two,
+            # as its first block has no norm). Evaluation, with shapes of its own, runs eager.
+            torch.compiler.set_stance("force_eager")
+            for block in self.model.bert.blocks:
+                block.compile(dynamic=False)
 
-        Three steps go before, because what is done once must not be in the graph: compilation,
-        the optimizer's first state, cuBLAS's choice of kernels.
-        """
-        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self.device.index]
-        usual = generator.graphsafe_get_state()
+        self.graphs, memory = {}, None
+        self.stream = torch.cuda.Stream(self.device)
+        usual = torch.cuda.default_generators[self.device.index]
+        usual_state = usual.graphsafe_get_state()
+        self.generator = usual.clone_state()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.compiler.set_stance("default" if T in self.compiled else "force_eager"):
-            with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                # It warns of these three, as they are not recorded
-                warnings.filterwarnings("ignore", ".*capturable=True")
-                for _ in range(3):
+        for T in sorted(set(self.lengths)):
+            graph = self.graphs[T] = torch.cuda.CUDAGraph()
+            with torch.compiler.set_stance("default"), warnings.catch_warnings():
+                # Three steps first, for what happens only once and must not be in the graph:
+                # compilation, the optimizer's first state, cuBLAS's choice of kernels
+                warnings.filterwarnings("ignore", ".*capturable=True")  # they are not recorded
+                with torch.cuda.stream(self.stream):
+                    for _ in range(3):
+                        self.step(T)
+                usual.graphsafe_set_state(self.generator)  # dropout draws from this trial's
+                # torch.cuda.graph waits for the card first. All lengths share one memory pool, as
+                # nothing in it has to last until the next replay
+                with torch.cuda.graph(graph, pool=memory, stream=self.stream):
                     self.step(T)
-            generator.graphsafe_set_state(self.generator)  # dropout then draws from this trial's
-            # torch.cuda.graph first waits for the card. One piece of memory serves all lengths, as
-            # nothing in it has to last until the next replay
-            with torch.cuda.graph(graph, pool=self.graph_memory, stream=self.stream):
-                self.step(T)
-            generator.graphsafe_set_state(usual)
-        self.graphs[T], self.graph_memory = graph, graph.pool()
+                usual.graphsafe_set_state(usual_state)
+            memory = graph.pool()
 
-    def advance(self, k):
-        """Step k of the trial; returns the tokens it took. It may run on after the return."""
+    def run_step(self, k):
+        """Step k of the trial. On a card it only starts the step, in the trial's stream."""
         T = self.lengths[k]
-        with torch.cuda.stream(self.stream):  # None, where none are recorded: the usual one
+        with torch.cuda.stream(self.stream):  # None without graphs: no change of stream
             self.chosen.copy_(self.rows[k])
             self.lr.copy_(self.lrs[k])
-            if self.records:
+            if self.use_graphs:
                 self.graphs[T].replay()
             else:
                 self.step(T)
-        return T * len(self.chosen)
 
     @torch.inference_mode()
     def predict(self, split):
-        """Logits (N, classes) of a split, computed in order of length: little is padded."""
+        """Classes or, in a regression, numbers (N,) for a split."""
         self.model.eval()
         order, outputs = torch.from_numpy(np.argsort(split.lengths, kind="stable")), []
-        for chosen in order.split(256):
-            ids, keep, _ = batch_of(split, chosen.to(self.device), split.lengths[chosen].max())
+        for chosen in order.split(256):  # in order of length, so that little is padded
+            ids, attention_mask, _ = read_batch(
+                split, chosen.to(self.device), split.lengths[chosen].max())
             with self.autocast():
-                outputs.append(self.model(ids, keep).float())
-        return torch.cat(outputs).cpu()[order.argsort()].numpy()
+                outputs.append(self.model(ids, attention_mask).float())
+        logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
+        if not np.isfinite(logits).all():
+            print("the next score is of a trial that diverged: a smaller --lr may help", flush=True)
+            logits = np.zeros_like(logits)  # the same prediction for every row
+        return logits.argmax(1) if self.task.labels else logits[:, 0]
+
+    def scores(self, splits):
+        """The metric of each validation split, in percent."""
+        metric = METRICS[self.task.metric]
+        return {split: 100 * metric(self.predict(splits[split]), splits[split].labels.cpu().numpy())
+                for split in self.task.validation}
 
 
-def fit(tunings, seeds, report):
-    """A trial with each seed, side by side; report(tokens) after each step."""
-    for tuning, seed in zip(tunings, seeds, strict=True):
-        tuning.start(seed)
-    for k in range(len(tunings[0].lengths)):  # the same number for all
-        for tuning in tunings:
-            report(tuning.advance(k))
-    if tunings[0].records:
+def run_trials(trials, report):
+    """Run trials of one task side by side; calls report() after each step."""
+    for k in range(len(trials[0].lengths)):  # the same number for all
+        for trial in trials:
+            trial.run_step(k)
+            report()
+    if trials[0].use_graphs:
         torch.cuda.synchronize()
 
 
-def scores_of(tuning, splits, with_test):
-    """The metric on each validation split in percent; predictions of test splits, if asked for.
-    Raises CramError for a trial that diverged: it has no score."""
-    task, scores, predictions = tuning.task, {}, {}
-    for split in (*task.validation, *(task.test if with_test else ())):
-        logits = tuning.predict(splits[split])
-        if not np.isfinite(logits).all():
-            raise CramError("numbers that are not finite: it diverged, and has no score")
-        predicted = logits.argmax(1) if task.labels else logits[:, 0]
-        if split in task.validation:
-            labels = splits[split].labels.cpu().numpy()
-            scores[split] = 100 * METRICS[task.metric](predicted, labels)
-        else:
-            predictions[task.test[split]] = ([task.labels[i] for i in predicted] if task.labels
-                                             else [f"{x:.3f}" for x in predicted.clip(0, 5)])
-    return scores, predictions
-
-
 # -------------------------------------------------------------------------------- 6. Results
+# glue.json is a list with one line per trial. {task, seed, checkpoint, settings, data, rows} is the
+# key that identifies it; {scores, torch, card} are recorded beside it and never compared.
 
 
-def open_results(path, identity, digests):
-    """All of glue.json, and in it the run to go on with, perhaps new.
-
-    A run belongs to one checkpoint, one set of settings, and one content of each task's data.
-    Numbers that differ in any of them stay in the file, and apart.
-    """
+def read_results(path):
+    """The results in glue.json; none if there is no such file."""
     try:
-        results = json.loads(path.read_text()) if path.exists() else {"runs": []}
-        ours = [run for run in results["runs"] if identity.items() <= run.items() and all(
-            digests[name].get(split, digest) == digest
-            for name, entry in run["tasks"].items() if name in digests
-            for split, digest in entry["data"].items())]
-        if ours:  # several that differ in tasks not asked for now: the one that has most of ours
-            return results, max(ours, key=lambda run: len(run["tasks"].keys() & digests.keys()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CramError(f"{path} is not a results file of this script; move it away") from None
-    run = {**identity, "tasks": {}, "average": None}
-    results["runs"].append(run)
-    return results, run
+        results = json.loads(path.read_text()) if path.exists() else []
+        if all({"task", "seed", "data", "rows", "scores"} <= result.keys() for result in results):
+            return results
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise CramError(f"{path} is not a results file of this version: move it away")
 
 
-def add_trial(run, name, digests, rows, trial, files):
-    """Put a trial into a run, and bring medians and average up to date."""
-    task = TASKS[name]
-    entry = run["tasks"].setdefault(name, {
-        "metric": task.metric, "train_rows": rows, "subset": rows != task.train_rows, "data": {},
-        "trials": [], "test_files": {}})
-    entry["data"].update(digests)
-    if files:
-        entry["test_files"] = {file: sha256(text) for file, text in files.items()}
-        entry["test_seed"] = trial["seed"]
-    entry["trials"] = [old for old in entry["trials"] if old["seed"] != trial["seed"]] + [trial]
-    for key, of in (("median", np.median), ("lowest", min), ("highest", max)):
-        entry[key] = {split: float(of([trial[split] for trial in entry["trials"]]))
-                      for split in task.validation}
-    if set(PAPERS) <= set(run["tasks"]):
-        run["average"] = np.mean([  # MNLI counts twice
-            x for name in PAPERS for x in run["tasks"][name]["median"].values()])
+def is_finished(key, results):
+    return any(key.items() <= result.items() for result in results)
 
 
-def write_whole(path, text):
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(text.encode())  # bytes: Windows would change the line ends, and the hash
+def save_result(path, key, scores):
+    """Add a result to glue.json, in the place of an older one of the same trial."""
+    results = read_results(path)  # read again: another command may have written
+    results = [result for result in results if not is_finished(key, [result])]
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    results.append({**key, "scores": scores, "torch": torch.__version__, "card": card})
+    write_atomic(path, "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+
+
+def write_test_files(folder, trial, splits):
+    """Predictions of the test splits, as the GLUE server takes them."""
+    labels, files = trial.task.labels, dict(PLACEHOLDERS)
+    for split, file in trial.task.test.items():
+        predicted = trial.predict(splits[split])
+        files[file] = ([labels[i] for i in predicted] if labels
+                       else [f"{x:.3f}" for x in predicted.clip(0, 5)])
+    folder.mkdir(exist_ok=True)
+    for file, lines in files.items():
+        rows = "".join(f"{i}\t{line}\n" for i, line in enumerate(lines))
+        write_atomic(folder / f"{file}.tsv", "index\tprediction\n" + rows)
+
+
+def write_atomic(path, text):
+    """Save atomically: temporary file, rename."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(text.encode())  # bytes: Windows would change the line ends
     os.replace(part, path)
 
 
-def tsv(predictions):
-    """A file as the GLUE server takes it."""
-    return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(predictions))
-
-
-def to_predict(folder, run, names, seed):
-    """The tasks whose test files are not in the folder, or of a trial with another seed. A file
-    there that this run has not written is refused: the server would get a mixture."""
-    known = [digest for entry in run["tasks"].values() for digest in entry["test_files"].values()]
-    for path in folder.glob("*.tsv"):
-        if path.stem not in PLACEHOLDERS and sha256(path.read_bytes()) not in known:
-            raise CramError(f"{path} was not predicted by this checkpoint with these settings and "
-                            f"data: move {folder} away")
-    return [name for name in names if TASKS[name].test and (
-        run["tasks"].get(name, {}).get("test_seed") != seed
-        or not all((folder / f"{file}.tsv").exists() for file in TASKS[name].test.values()))]
-
-
-def print_table(run):
-    """Medians and spread, beside the published scores of the same fine-tuning."""
+def print_table(results):
+    """Median and spread of each task's trials, beside published scores. Expects results of one
+    checkpoint and one set of settings; if a task's data changed, only the newest data counts."""
     print(f"\n{'':56}published: arXiv 2212.14034\n{'task':16} {'metric':8} median  lowest highest "
           "trials  no pretr. crammed v2  BERT-base")
+    rows, note = {}, ""  # {(task, split): (ours, *published)}, the nine that the paper averages
     for name, task in TASKS.items():
-        entry = run["tasks"].get(name)
-        for split, published in task.validation.items() if entry else ():
-            label = name + split.removeprefix("validation").replace("_", "-")
-            print(f"{label:16} {task.metric:8} {entry['median'][split]:6.1f} "
-                  f"{entry['lowest'][split]:7.1f} {entry['highest'][split]:7.1f} "
-                  f"{len(entry['trials']):6}" + "".join(f"{x:11.1f}" for x in published)
-                  + "  subset" * entry["subset"])
-    subsets = {name: entry for name, entry in run["tasks"].items() if entry["subset"]}
-    if run["average"] is not None:
-        nine = zip(*(scores for name in PAPERS for scores in TASKS[name].validation.values()))
-        print(f"{'average of nine':25} {run['average']:6.1f}{'':23}"
-              + "".join(f"{np.mean(scores):11.1f}" for scores in nine) + "  subset" * bool(subsets))
-    for name, entry in subsets.items():
-        print(f"subset: {name} was trained on {entry['train_rows']:,} rows, not the official "
-              f"{TASKS[name].train_rows:,}")
+        trials = [result for result in results if result["task"] == name]
+        trials = [result for result in trials if result["data"] == trials[-1]["data"]]
+        for split, published in task.validation.items() if trials else ():
+            scores = [result["scores"][split] for result in trials]
+            subset = "  subset" * (task.train_rows not in (None, trials[0]["rows"]))
+            print(f"{name + split.removeprefix('validation').replace('_', '-'):16} "
+                  f"{task.metric:8} {np.median(scores):6.1f} {min(scores):7.1f} {max(scores):7.1f} "
+                  f"{len(scores):6}" + "".join(f"{x:11.1f}" for x in published) + subset)
+            if published:
+                rows[name, split], note = (np.median(scores), *published), note or subset
+    if {name for name, _ in rows} == set(EIGHT):
+        ours, *theirs = np.mean(list(rows.values()), axis=0)
+        print(f"{'average of nine':25} {ours:6.1f}{'':23}"
+              + "".join(f"{x:11.1f}" for x in theirs) + note)
     print("published on the validation sets; crammed v2: the best of 5 runs of 24 h on an A6000")
 
 
-# -------------------------------------------------------------------------------- 7. All trials
+# -------------------------------------------------------------------------------- 7. The command
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, nargs="+", choices=[*sorted(TASKS), "all"],
-                        metavar="TASK", help="one or more of " + ", ".join(sorted(TASKS))
-                        + "; or all")
-    parser.add_argument("--ckpt", default="out/ckpt.pt",
-                        help="what cram.py wrote (default: %(default)s)")
-    parser.add_argument("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the "
-                        "columns of nyu-mll/glue; without it they come from the hub")
-    parser.add_argument("--trials", type=int, default=5,
-                        help="runs with different seeds (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=5,
-                        help="passes over the training rows (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16,
-                        help="examples per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-5,
-                        help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--dropout", type=float, help="share of values set to zero while training "
-                        "(default: the paper's 0.1; with --model modernbert 0, as in transformers)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the first trial; the next has + 1 (default: %(default)s)")
-    parser.add_argument("--scratch", action="store_true",
-                        help="random weights of the checkpoint's size, as a control")
-    parser.add_argument("--test", action="store_true", help="also write the first trial's "
-                        "predictions of the test split into glue_test/, for the GLUE server")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cuda, mps or cpu (default: %(default)s)")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--task", required=True, nargs="+", choices=[*TASKS, "all"], metavar="TASK",
+        help=f"one or more of {', '.join(TASKS)}; or all, the eight of GLUE")
+    add("--ckpt", default="out/ckpt.pt", help="what cram.py wrote" + default)
+    add("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the columns of "
+        "nyu-mll/glue (default: they come from the hub)")
+    add("--out", help="folder for the results (default: that of --ckpt)")
+    add("--trials", type=int, default=5, help="runs with different seeds" + default)
+    add("--epochs", type=int, default=5, help="passes over the training rows" + default)
+    add("--batch-size", type=int, default=16, help="examples per step" + default)
+    add("--lr", type=float, default=4e-5, help="peak learning rate" + default)
+    add("--dropout", type=float, help="fraction of values set to zero while training (default: the "
+        "paper's 0.1; with --model modernbert 0, as in transformers)")
+    add("--seed", type=int, default=0, help="of the first trial; the next has + 1" + default)
+    add("--scratch", action="store_true",
+        help="random weights of the checkpoint's size, as a control")
+    add("--test", action="store_true", help="also run the first trial (again) and write its "
+        "predictions of the test splits, for the GLUE server")
+    add("--device", default="auto", help="auto, cuda, mps or cpu" + default)
     args = parser.parse_args()
-    for flag in ("trials", "epochs", "batch_size", "lr"):
-        if not getattr(args, flag) > 0:
-            raise CramError(f"--{flag.replace('_', '-')} must be positive")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise CramError("--dropout must be from 0 to below 1")
+    if not min(args.trials, args.epochs, args.batch_size, args.lr) > 0:
+        parser.error("--trials, --epochs, --batch-size and --lr must be positive")
+    if not 0 <= (args.dropout or 0) < 1:
+        parser.error("--dropout must be from 0 to below 1")
     if not 0 <= args.seed < 2**31:
-        raise CramError("--seed must be from 0 to 2**31 - 1")
+        parser.error("--seed must be from 0 to 2**31 - 1")
     return args
+
+
+def plan_trials(names, data, args, common, results, at_once):
+    """[(task, keys of trials to run side by side)] for all trials without a result; with --test
+    also for the first. Says which training sets are subsets."""
+    groups = []
+    for name in names:
+        splits, digest = data[name]
+        rows, official = len(splits["train"].ids), TASKS[name].train_rows
+        if rows < args.batch_size:
+            raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
+        if official not in (None, rows):
+            print(f"{name}: a subset, {rows:,} training rows, not the official {official:,}")
+        keys = [{"task": name, "seed": args.seed + i, **common, "data": digest, "rows": rows}
+                for i in range(args.trials)]
+        todo = [key for key in keys if not is_finished(key, results)
+                or (args.test and key is keys[0])]
+        if not todo:
+            print(f"{name}: glue.json has all these trials, none is run")
+        groups += [(name, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
+    return groups
 
 
 def main():
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
+    if dtype == torch.float16:
+        dtype = torch.float32  # fp16 needs a loss scaler, which skips steps: a graph cannot
     bert, tokenizer = load_checkpoint(args.ckpt, device)
+    tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     if args.dropout is None:
         args.dropout = 0.0 if bert.modernbert else 0.1
-    tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
-    max_length = min(MAX_LENGTH, bert.seq_len)
+    args.max_length = min(MAX_LENGTH, bert.seq_len)
+    settings = ("epochs", "batch_size", "lr", "dropout", "scratch", "max_length")
+    common = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
+              "settings": {name: getattr(args, name) for name in settings}}
 
-    # The data of all tasks first: what is wrong with it is said now, not hours later
-    splits, digests = {}, {}
-    for name in [name for name in TASKS if {name, "all"} & set(args.task)]:
-        task = TASKS[name]
-        splits[name] = {
-            split: load_split(name, split, args.data, tokenizer, max_length, device)
-            for split in ("train", *task.validation, *(task.test if args.test else ()))}
-        digests[name] = {split: content.sha256 for split, content in splits[name].items()}
-        if len(splits[name]["train"].ids) < args.batch_size:
-            raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
+    # Everything that can be wrong with files is found before the first step
+    out = Path(args.out or Path(args.ckpt).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    path = out / "glue.json"
+    # A folder for each checkpoint, settings and seed: the server never gets a mixture
+    test_folder = out / f"glue_test_{sha256(json.dumps([common, args.seed]))[:8]}"
+    results = read_results(path)
+    names = [name for name in TASKS
+             if name in args.task or ("all" in args.task and name in EIGHT)]
+    data = {name: load_task(name, args, tokenizer, device) for name in names}
+    groups = plan_trials(names, data, args, common, results,
+                         trials_at_once(bert, device, dtype, args.batch_size))
 
-    path, folder = Path(args.ckpt).with_name("glue.json"), Path(args.ckpt).with_name("glue_test")
-    settings = {key: getattr(args, key)
-                for key in ("epochs", "batch_size", "lr", "dropout", "scratch")}
-    identity = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
-                "settings": {**settings, "max_length": max_length}}
-    results, run = open_results(path, identity, digests)
-    unpredicted = to_predict(folder, run, splits, args.seed) if args.test else ()
-    missing, steps = {}, Counter()  # trials to run; how many steps of each length they take
-    for name in splits:
-        done = [trial["seed"] for trial in run["tasks"].get(name, {}).get("trials", ())]
-        missing[name] = [seed for seed in range(args.seed, args.seed + args.trials)
-                         if seed not in done or (seed == args.seed and name in unpredicted)]
-        if not missing[name]:
-            print(f"{name}: {path} has all these trials, none is run")
-        for seed in missing[name]:
-            steps.update(plan(
-                splits[name]["train"], seed, args.epochs, args.batch_size)[1].tolist())
-
-    compiled = lengths_to_compile(steps, device, dtype)
-    for file, rows in PLACEHOLDERS.items() if args.test else ():
-        write_whole(folder / f"{file}.tsv", tsv(rows))
-    diverged = []
-    at_once = trials_at_once(bert, device, dtype, args.batch_size)
-    tokens = args.batch_size * sum(T * n for T, n in steps.items())
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, smoothing=0,  # 0: mean speed so far
-              mininterval=BAR_S, disable=not tokens) as bar:
-        for name in [name for name in splits if missing[name]]:
-            bar.set_description(name)
-            train, began = splits[name]["train"], time.monotonic()
-            tunings = [Tuning(bert, TASKS[name], train, dtype, args, compiled)
-                       for _ in missing[name][:at_once]]
-            for i in range(0, len(missing[name]), at_once):
-                seeds = missing[name][i : i + at_once]
-                fit(tunings[: len(seeds)], seeds, bar.update)
-                for tuning, seed in zip(tunings, seeds):
-                    # Only the first trial predicts: it is chosen without a look at its score
-                    try:
-                        scores, predictions = scores_of(
-                            tuning, splits[name], args.test and seed == args.seed)
-                    except CramError as error:
-                        diverged.append(f"{name} seed {seed}")
-                        print(f"{diverged[-1]}: {error}", flush=True)
-                        continue
-                    files = {file: tsv(rows) for file, rows in predictions.items()}
-                    results, run = open_results(path, identity, digests)  # others may have written
-                    add_trial(run, name, digests[name], len(train.ids), {"seed": seed, **scores},
-                              files)
-                    write_whole(path, json.dumps(results, indent=1))
-                    for file, text in files.items():  # after glue.json, which says they are ours
-                        write_whole(folder / f"{file}.tsv", text)
-                    bar.clear()
-                    print(f"{name} seed {seed}: {TASKS[name].metric} "
-                          + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
-            print(f"{name}: {len(missing[name])} of the trials, {time.monotonic() - began:.1f} s",
-                  flush=True)
-            # The next task needs the memory, and del leaves what refers to itself: compiled models
-            del tunings, tuning
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    print_table(run)
-    if diverged:
-        raise CramError(f"without a score: {', '.join(diverged)}. A smaller --lr may help")
-    print(f"written to {path}" + f" and {folder}" * args.test)
+    steps = sum(len(keys) * (keys[0]["rows"] // args.batch_size) for _, keys in groups)
+    bar = tqdm(total=steps * args.epochs, unit=" steps", mininterval=BAR_S, disable=not groups)
+    for name, keys in groups:
+        task, splits = TASKS[name], data[name][0]
+        trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
+        bar.set_description(name)
+        bar.unpause()  # the speed, and the time left, without compiling and recording
+        run_trials(trials, bar.update)
+        bar.clear()
+        for trial, key in zip(trials, keys):
+            scores = trial.scores(splits)
+            save_result(path, key, scores)
+            print(f"{name} seed {key['seed']}: {task.metric} "
+                  + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
+            if args.test and key["seed"] == args.seed:  # chosen before its score was known
+                write_test_files(test_folder, trial, splits)
+        del trials, trial
+        gc.collect()  # compiled models refer to themselves; the next trials need their memory
+        torch.cuda.empty_cache()
+    bar.close()
+    print_table([result for result in read_results(path) if common.items() <= result.items()])
+    print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 
 if __name__ == "__main__":

@@ -1594,13 +1594,13 @@ def test_metrics_by_hand():
     assert g.matthews(1 - labels, labels) == pytest.approx(-1)
 
 
-def test_glue_examples_are_joined_and_cut():
+def test_glue_examples_are_built_and_cut():
     a, b = [10, 11, 12, 13, 14, 15], [20, 21]
-    assert finetune_glue.join((a,), 99) == [2, *a, 3]
-    assert finetune_glue.join((a, b), 99) == [2, *a, 3, *b, 3]
-    assert finetune_glue.join((a, b), 9) == [2, 10, 11, 12, 13, 3, 20, 21, 3]
-    assert finetune_glue.join((a,), 5) == [2, 10, 11, 12, 3]
-    assert len(finetune_glue.join((a * 20, a * 30), 128)) == 128
+    assert finetune_glue.build_example((a,), 99) == [2, *a, 3]
+    assert finetune_glue.build_example((a, b), 99) == [2, *a, 3, *b, 3]
+    assert finetune_glue.build_example((a, b), 9) == [2, 10, 11, 12, 13, 3, 20, 21, 3]
+    assert finetune_glue.build_example((a,), 5) == [2, 10, 11, 12, 3]
+    assert len(finetune_glue.build_example((a * 20, a * 30), 128)) == 128
 
 
 def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
@@ -1640,11 +1640,19 @@ def glue(train, tmp_path, monkeypatch, capsys):
         finetune_glue.main()
         return capsys.readouterr().out
 
+    run.folder = tmp_path / "out"
     return run
 
 
-def runs_of(folder):
-    return json.loads((folder / "out/glue.json").read_text())["runs"]
+def results_in(folder):
+    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
+    results = json.loads((folder / "glue.json").read_text())
+    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
+    assert len(scores) == len(results)
+    return scores
+
+
+ONE = ("--trials", 1, "--epochs", 1)
 
 
 def test_all_of_glue_end_to_end(train, tmp_path):
@@ -1652,88 +1660,78 @@ def test_all_of_glue_end_to_end(train, tmp_path):
     for name in finetune_glue.TASKS:
         write_glue(tmp_path / "glue", name)
     ckpt = tmp_path / "out/ckpt.pt"
-    common = ["--ckpt", ckpt, "--data", tmp_path / "glue", "--epochs", 2, "--device", "cpu"]
+    common = ["--ckpt", ckpt, "--data", tmp_path / "glue", "--out", tmp_path / "new/results",
+              "--epochs", 2, "--device", "cpu"]
     script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
     printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
     assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
-    [run] = runs_of(tmp_path)
-    assert run["checkpoint"] == hashlib.sha256(ckpt.read_bytes()).hexdigest()
-    for name, entry in run["tasks"].items():
-        assert [trial["seed"] for trial in entry["trials"]] == [0, 1] and entry["subset"]
-        for split in finetune_glue.TASKS[name].validation:
-            scores = [trial[split] for trial in entry["trials"]]
-            assert entry["median"][split] == pytest.approx(sum(scores) / 2)
-    nine = [x for entry in run["tasks"].values() for x in entry["median"].values()]
-    assert len(nine) == 9 and run["average"] == pytest.approx(sum(nine) / 9)
+    assert " 100%" in printed and not (tmp_path / "out/glue.json").exists()
+    scores = results_in(tmp_path / "new/results")
+    assert set(scores) == {(name, seed) for name in finetune_glue.TASKS for seed in (0, 1)}
+    nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
+            for name, task in finetune_glue.TASKS.items() for split in task.validation]
 
     table = printed[printed.index("published: arXiv 2212.14034"):].splitlines()
     assert max(map(len, table)) <= 100
-    cola = run["tasks"]["cola"]["median"]["validation"]
-    assert f"cola             matthews {cola:6.1f}" in "\n".join(table)
+    assert f"cola             matthews {nine[-1]:6.1f}" in "\n".join(table)
     [average] = [line.split() for line in table if "average of nine" in line]
     assert average[3:] == [f"{sum(nine) / 9:.1f}", "45.5", "80.7", "80.9", "subset"]  # the paper's
-    assert "mnli was trained on 64 rows, not the official 392,702" in "\n".join(table)
+    said = printed.index("mnli: a subset, 64 training rows, not the official 392,702")
+    assert said < printed.index("mnli seed 0") and len(nine) == 9
 
-    script("finetune_glue.py", "--task", "rte", "cola", "--trials", 1, "--scratch", *common)
-    runs = runs_of(tmp_path)
-    assert len(runs) == 2 and set(runs[1]["tasks"]) == {"rte", "cola"}
-    assert len(runs[0]["tasks"]) == 8
+    printed = script("finetune_glue.py", "--task", "rte", "--trials", 1, "--scratch", *common)
+    assert "average" not in printed and "cola" not in printed  # other settings: a table of its own
 
 
 def test_fine_tuning_learns(glue, tmp_path):
     write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
     printed = glue("--task", "sst2", "--trials", 1, "--lr", 3e-3, "--epochs", 10)
-    [run] = runs_of(tmp_path)
-    assert run["tasks"]["sst2"]["median"]["validation"] > 90, printed
-    assert "average" not in printed  # of one task there is none
+    assert results_in(glue.folder)["sst2", 0]["validation"] > 90, printed
 
 
-def test_results_of_other_data_or_another_checkpoint_are_kept_apart(glue, tmp_path):
-    for name in ("cola", "rte"):
-        write_glue(tmp_path / "glue", name, train=32)
-        glue("--task", name, "--trials", 1, "--epochs", 1)
-    moved = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
-    printed = glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
-    assert "cola seed" not in printed and "glue.json has all these trials, none is run" in printed
-    assert len(runs_of(tmp_path)) == 1
+def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_path):
+    write_glue(tmp_path / "glue", "cola", train=32)
+    flags, results = ["--task", "cola", *ONE], glue.folder / "glue.json"
+    glue(*flags)
+    data = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
+    flags += ["--data", data]
+    [result] = json.loads(results.read_text())
+    assert result["torch"] == torch.__version__ and result["rows"] == 32
+    results.write_text(json.dumps([{**result, "torch": "2.0", "card": "another"}]))
+    assert "cola: glue.json has all these trials, none is run" in glue(*flags)
 
     for split in ("train", "validation"):
-        path = moved / f"cola/{split}.jsonl"
+        path = data / f"cola/{split}.jsonl"
         path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
-        again = glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
-        assert "cola seed 0" in again
-    first, *others = runs_of(tmp_path)
-    assert set(first["tasks"]) == {"cola", "rte"} and len(first["tasks"]["cola"]["trials"]) == 1
-    assert [set(run["tasks"]) for run in others] == [{"cola"}, {"cola"}]
-
-    ckpt = tmp_path / "out/ckpt.pt"
+        assert "cola seed 0" in glue(*flags)
+    assert "cola seed 0" in glue(*flags, "--lr", 1e-3)
+    ckpt = glue.folder / "ckpt.pt"
     content = torch.load(ckpt, weights_only=True)
     content["model"]["embed.weight"] += 1e-3
     torch.save(content, ckpt)
-    assert "cola seed 0" in glue("--task", "cola", "--trials", 1, "--epochs", 1, "--data", moved)
-    assert len(runs_of(tmp_path)) == 4
+    printed = glue(*flags)
+    assert "cola seed 0" in printed and re.search("^cola .* 1  ", printed, re.M)  # of one trial
+    assert len(json.loads(results.read_text())) == 5
 
 
-def test_of_several_runs_that_fit_the_one_that_has_the_task_goes_on(tmp_path):
-    runs = [{"checkpoint": "c", "tasks": {"cola": {"data": {"train": "old"}}}},
-            {"checkpoint": "c", "tasks": {name: {"data": {"train": name}}
-                                          for name in ("cola", "rte")}}]
-    (tmp_path / "glue.json").write_text(json.dumps({"runs": runs}))
-    for name, train, expected in (("rte", "rte", {"cola", "rte"}), ("cola", "old", {"cola"})):
-        _, run = finetune_glue.open_results(
-            tmp_path / "glue.json", {"checkpoint": "c"}, {name: {"train": train}})
-        assert set(run["tasks"]) == expected
+def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypatch):
+    for name in ("stsb", "rte"):
+        write_glue(tmp_path / "glue", name, train=32)
+    scores = []
+    for at_once, flags in ((1, ["--task", "stsb", "--seed", 1, "--trials", 1]),
+                           (2, ["--task", "rte", "stsb", "--trials", 3])):
+        monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *args: at_once)
+        glue(*flags, "--epochs", 2, "--lr", 1e-3, "--dropout", 0, "--out", tmp_path / str(at_once))
+        scores.append(results_in(tmp_path / str(at_once)))
+    assert scores[0]["stsb", 1] == scores[1]["stsb", 1] != scores[1]["stsb", 0]
 
 
-def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
-    folder, flags = tmp_path / "out/glue_test", ["--trials", 2, "--epochs", 1, "--test"]
+def test_predictions_as_the_glue_server_takes_them(glue):
     for name in finetune_glue.TASKS:
-        write_glue(tmp_path / "glue", name, train=16, validation=5)
-    mixed = tmp_path / "glue/rte/test.jsonl"
-    mixed.write_text("\n".join(reversed(mixed.read_text().splitlines())))  # its idx says the order
-    in_order = [json.loads(line)["idx"] for line in mixed.read_text().splitlines()]
-    assert in_order == [4, 3, 2, 1, 0]
-    glue("--task", "all", *flags)
+        write_glue(glue.folder / "../glue", name, train=16, validation=5)
+    flags = ["--epochs", 1, "--test"]
+    glue("--task", "all", "--trials", 2, *flags)
+    [folder] = glue.folder.glob("glue_test*")
 
     words = {"entailment", "neutral", "contradiction", "not_entailment"}
     allowed = {"MNLI-m": words - {"not_entailment"}, "MNLI-mm": words - {"not_entailment"},
@@ -1749,116 +1747,86 @@ def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
         assert set(predictions) <= labels if labels else all(
             0 <= float(x) <= 5 for x in predictions)
 
-    # What is there is not made again, what is missing is, by the first trial
-    rte = (folder / "RTE.tsv").read_text()
-    assert "seed" not in glue("--task", "all", *flags)
-    (folder / "RTE.tsv").unlink()
-    printed = glue("--task", "all", *flags)
-    assert re.findall("^(.* seed .): ", printed, re.M) == ["rte seed 0"]
-    assert (folder / "RTE.tsv").read_text() == rte
-    [run] = runs_of(tmp_path)
-    assert [len(entry["trials"]) for entry in run["tasks"].values()] == [2] * 8
-    stsb = (folder / "STS-B.tsv").read_text()  # with another first trial they are another's
-    assert "stsb seed 1" in glue("--task", "stsb", *flags, "--seed", 1)
-    assert (folder / "STS-B.tsv").read_text() != stsb
-    assert "stsb seed" not in glue("--task", "stsb", *flags, "--seed", 1)
-
-    with pytest.raises(cram.CramError, match="move .* away"):  # other settings: not into this one
-        glue("--task", "rte", "--trials", 1, "--epochs", 2, "--test")
+    # Predicted afresh, by the first trial; what another seed or another setting predicts is apart
+    stsb = (folder / "STS-B.tsv").read_text()
+    (folder / "STS-B.tsv").write_text("")
+    printed = glue("--task", "stsb", "--trials", 2, *flags)
+    assert re.findall("^(.* seed .): ", printed, re.M) == ["stsb seed 0"]
+    assert (folder / "STS-B.tsv").read_text() == stsb and len(results_in(glue.folder)) == 16
+    for others in (["--seed", 1], ["--lr", 1e-3]):
+        glue("--task", "stsb", "--trials", 1, *flags, *others)
+    contents = [(other / "STS-B.tsv").read_text() for other in glue.folder.glob("glue_test*")]
+    assert len(set(contents)) == 3 and stsb == (folder / "STS-B.tsv").read_text()
 
 
 def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, monkeypatch):
     """A model that knows the answer: label words in the right order, at the right index."""
     write_glue(tmp_path / "glue", "mnli", train=16, validation=7)
     write_glue(tmp_path / "glue", "stsb", train=16, validation=5)
-    seen = []
-
-    def predict(self, split):
-        seen.append(split)
-        if self.task.labels:
-            return np.eye(3, dtype=np.float32)[np.arange(len(split.ids)) % 3]
-        return np.array([[-1.0], [0], [2.34567], [5], [9]], np.float32)
-
-    monkeypatch.setattr(finetune_glue.Tuning, "predict", predict)
-    for name in ("mnli", "stsb"):
-        glue("--task", name, "--trials", 2, "--epochs", 1, "--test")
-    assert len(seen) == (2 * 2 + 2) + (2 * 1 + 1)  # only the first of two trials predicts the test
+    monkeypatch.setattr(finetune_glue.Trial, "predict", lambda self, split: (
+        np.arange(7) % 3 if self.task.labels else np.array([-1.0, 0, 2.34567, 5, 9])))
+    glue("--task", "mnli", "stsb", *ONE, "--test")
+    [folder] = glue.folder.glob("glue_test*")
     for file in ("MNLI-m", "MNLI-mm"):
-        assert (tmp_path / f"out/glue_test/{file}.tsv").read_text().split()[2:] == [
+        assert (folder / f"{file}.tsv").read_text().split()[2:] == [
             "0", "entailment", "1", "neutral", "2", "contradiction", "3", "entailment",
             "4", "neutral", "5", "contradiction", "6", "entailment"]
-    assert (tmp_path / "out/glue_test/STS-B.tsv").read_text().split()[3::2] == [
+    assert (folder / "STS-B.tsv").read_text().split()[3::2] == [
         "0.000", "0.000", "2.346", "5.000", "5.000"]
 
 
 def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """One entry, without published scores and test files; the average stays the paper's."""
-    entry = """TASKS = {
-    "own": Task(("sentence",), ("no", "yes", "both"), "accuracy", 64, {}, {"validation": ()}),"""
-    source = Path(finetune_glue.__file__).read_text().replace("TASKS = {", entry, 1)
-    changed = types.ModuleType("changed")
-    monkeypatch.setitem(sys.modules, "changed", changed)
-    exec(source, vars(changed))
-    monkeypatch.setattr(sys.modules[__name__], "finetune_glue", changed)
-    for name in changed.TASKS:
+    """The example of README.md, or of the script, and a byte order mark as Windows writes it."""
+    texts = [Path(file).read_text() for file in (HERE / "README.md", finetune_glue.__file__)]
+    example = re.compile(r"""^#? +("emotion": .*\),)$""", re.M)
+    entries = {entry for text in texts for entry in example.findall(text)}
+    assert len(entries) == 1  # one example, wherever it is told
+    own = {**eval("{" + entries.pop() + "}", vars(finetune_glue)), **finetune_glue.TASKS}
+    monkeypatch.setattr(finetune_glue, "TASKS", own)
+    write_glue(tmp_path / "glue", "emotion", train=16)
+    assert len(list((tmp_path / "glue/emotion").iterdir())) == 2
+    for path in (tmp_path / "glue/emotion").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    printed = glue("--task", "emotion", *ONE)
+    assert re.search("^emotion .*accuracy", printed, re.M) and "subset" not in printed
+    for name in finetune_glue.EIGHT:
         write_glue(tmp_path / "glue", name, train=16, validation=5)
-    flags = ["--trials", 1, "--epochs", 1]
-    assert "average of nine" not in glue("--task", "own", "cola", *flags)
-    printed = glue("--task", "all", *flags, "--test")
-    assert re.search("^own .*accuracy", printed, re.M) and "own seed" not in printed
+    printed = glue("--task", "all", *ONE)  # without it: neither run nor averaged
+    assert "emotion seed" not in printed and "emotion: " not in printed
     assert re.search("^average of nine .* 45.5 .* 80.7 .* 80.9 ", printed, re.M)
-    [run] = runs_of(tmp_path)
-    nine = [x for name, entry in run["tasks"].items() if name != "own"
-            for x in entry["median"].values()]
-    assert len(nine) == 9 and run["average"] == pytest.approx(np.mean(nine))
 
 
 def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
     write_glue(tmp_path / "glue", "rte", train=16)
     train("modern", recipe="modern", steps=2)
-    flags = ["--task", "rte", "--trials", 1, "--epochs", 1]
     for folder, dropout, more in (("out", 0.1, []), ("modern", 0, []),
                                   ("modern", 0.3, ["--dropout", 0.3])):
-        glue(*flags, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
-        [*_, run] = json.loads((tmp_path / folder / "glue.json").read_text())["runs"]
-        assert run["settings"]["dropout"] == dropout
+        glue("--task", "rte", *ONE, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
+        [*_, result] = json.loads((tmp_path / folder / "glue.json").read_text())
+        assert result["settings"]["dropout"] == dropout
 
 
-def test_trials_in_groups_are_the_trials_one_by_one(glue, tmp_path, monkeypatch):
+def test_a_trial_that_diverges_says_so(glue, tmp_path):
+    write_glue(tmp_path / "glue", "rte", train=32)
     write_glue(tmp_path / "glue", "stsb", train=32)
-    trials = []
-    for at_once in (1, 2):
-        monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *a: at_once)
-        glue("--task", "stsb", "--trials", 3, "--epochs", 2, "--lr", 1e-3, "--dropout", 0)
-        trials.append(runs_of(tmp_path)[0]["tasks"]["stsb"]["trials"])
-        (tmp_path / "out/glue.json").unlink()
-    assert trials[0] == trials[1] and len({trial["validation"] for trial in trials[0]}) == 3
-
-
-def test_a_trial_that_diverged_has_no_score_and_costs_no_other(glue, tmp_path, monkeypatch):
-    write_glue(tmp_path / "glue", "rte", train=16)
-    real = finetune_glue.Tuning.predict
-    monkeypatch.setattr(finetune_glue.Tuning, "predict", lambda self, split: (
-        real(self, split) * (math.nan if torch.initial_seed() == 1 else 1)))
-    with pytest.raises(cram.CramError, match="without a score: rte seed 1. A smaller --lr"):
-        glue("--task", "rte", "--trials", 3, "--epochs", 1)
-    trials = runs_of(tmp_path)[0]["tasks"]["rte"]["trials"]
-    assert [trial["seed"] for trial in trials] == [0, 2]
+    assert glue("--task", "rte", "stsb", *ONE, "--lr", 1e30).count("diverged") == 2
+    scores = results_in(glue.folder)  # of one prediction for all rows
+    assert scores["rte", 0]["validation"] == 50 and scores["stsb", 0]["validation"] == 0
 
 
 @pytest.mark.parametrize("scratch", [False, True])
 def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
     write_glue(tmp_path / "glue", "rte", train=16)
     first_weights = []
-    real = finetune_glue.Tuning.start
+    real = finetune_glue.Trial.set_weights
 
-    def spy(self, seed):
-        real(self, seed)
+    def spy(self, *args):
+        real(self, *args)
         first_weights.append(self.model.bert.embed.weight.detach().clone())
 
-    monkeypatch.setattr(finetune_glue.Tuning, "start", spy)
+    monkeypatch.setattr(finetune_glue.Trial, "set_weights", spy)
     glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
-    pretrained = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["model"]["embed.weight"]
+    pretrained = torch.load(glue.folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
     assert torch.equal(first_weights[0], pretrained) != scratch
     assert torch.equal(first_weights[0], first_weights[1]) != scratch  # each trial draws its own
 
@@ -1866,29 +1834,37 @@ def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
 # --- A trial, without the command
 
 
-def tuning_of(lengths, task="cola", dropout=0.0, epochs=2, **others):
-    """A small model to tune on examples of so many random tokens, and these examples."""
+def split_of(lengths, device="cpu"):
+    """Examples of so many random tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int32)
+    padded = np.array([-(-n // 32) * 32 for n in lengths])
+    ids = torch.zeros(len(lengths), padded.max(), dtype=torch.int32)
     for row, length in zip(ids, lengths):
         row[:length] = torch.randint(5, 50, (length,), generator=generator)
     labels = torch.tensor([i % 2 for i in range(len(lengths))])
-    lengths = np.array([-(-n // 32) * 32 for n in lengths])
-    ids = torch.cat([ids, ids.new_zeros(len(ids), lengths.max() - ids.shape[1])], dim=1)
-    split = finetune_glue.Split(ids, labels, lengths, "")
-    bert = model_of(seq_len=128).float()
-    args = argparse.Namespace(**{"batch_size": 4, "lr": 1e-2, "scratch": False, "seed": 0,
-                                 "epochs": epochs, "dropout": dropout, "test": False, **others})
-    tuning = finetune_glue.Tuning(bert, finetune_glue.TASKS[task], split, torch.float32, args)
-    return tuning, split
+    return finetune_glue.Split(ids.to(device), labels.to(device), padded)
 
 
 LENGTHS = random.Random(1).choices(range(3, 100), k=30)
 
 
+def trial_of(seed=0, dropout=0.0, lr=1e-2, device="cpu"):
+    """A small model to tune on CoLA with examples of LENGTHS, four a step."""
+    args = argparse.Namespace(batch_size=4, lr=lr, scratch=False, epochs=2, dropout=dropout)
+    return finetune_glue.Trial(
+        model_of(seq_len=128).float().to(device), finetune_glue.TASKS["cola"],
+        split_of(LENGTHS, device), seed, torch.float32, args)
+
+
+def weights_after(*trials):
+    """Their weights at the end."""
+    finetune_glue.run_trials(trials, lambda: None)
+    return [list(trial.model.parameters()) for trial in trials]
+
+
 def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
-    split = tuning_of(LENGTHS)[1]
-    rows, T = finetune_glue.plan(split, 7, 3, 4)
+    split = split_of(LENGTHS)
+    rows, T = finetune_glue.epoch_batches(split, 7, 3, 4)
     assert rows.shape == (21, 4) and T.shape == (21,)
     for epoch in rows.reshape(3, 28):
         assert len(set(epoch)) == 28 and set(epoch) < set(range(30))
@@ -1896,30 +1872,28 @@ def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
     for step, of_step in enumerate(rows):
         longest = max(LENGTHS[row] for row in of_step)
         assert T[step] % 32 == 0 and T[step] - 32 < longest <= T[step]
-    assert same(finetune_glue.plan(split, 7, 3, 4)[0].tolist(), rows.tolist())
-    assert finetune_glue.plan(split, 8, 3, 4)[0].tolist() != rows.tolist()
+    assert same(finetune_glue.epoch_batches(split, 7, 3, 4)[0].tolist(), rows.tolist())
+    assert finetune_glue.epoch_batches(split, 8, 3, 4)[0].tolist() != rows.tolist()
 
 
-def test_padding_changes_no_logit_and_evaluation_keeps_the_order():
-    tuning, split = tuning_of(LENGTHS)
-    tuning.start(0)
-    logits = tuning.predict(split)
+def test_padding_changes_no_prediction_and_evaluation_keeps_the_order():
+    trial, split = trial_of(), split_of(LENGTHS)
+    trial.task = finetune_glue.TASKS["stsb"]  # whose predictions are numbers
+    predicted = trial.predict(split)
     with torch.no_grad():
         for i, length in enumerate(LENGTHS):
-            ids, keep, _ = finetune_glue.batch_of(split, [i], length)
-            alone = tuning.model(ids, None)
-            assert keep.all() and np.allclose(logits[i], alone, atol=1e-5)
-    assert len(np.unique(logits[:, 0].round(5))) == 30  # rows differ, so that order would show
+            alone = trial.model(split.ids[i : i + 1, :length], None)[0, 0]
+            assert np.allclose(predicted[i], alone, atol=1e-5)
+    assert len(np.unique(predicted.round(5))) == 30  # rows differ, so that order would show
 
 
 def test_a_trial_is_adamw_on_its_batches():
-    """Against the plain loop: padded to each batch's longest, lr a number, a new optimizer."""
-    tuning, split = tuning_of(LENGTHS, lr=1e-3)
-    tuning.model.double()
-    tuning.start(5)
-    reference = copy.deepcopy(tuning.model)
-    finetune_glue.fit([tuning], [5], lambda tokens: None)
-    rows = finetune_glue.plan(split, 5, 2, 4)[0]
+    """Against the plain loop: padded to each batch's longest, lr a number."""
+    trial, split = trial_of(seed=5, lr=1e-3), split_of(LENGTHS)
+    trial.model.double()
+    reference = copy.deepcopy(trial.model)
+    [ours] = weights_after(trial)
+    rows = finetune_glue.epoch_batches(split, 5, 2, 4)[0]
 
     optimizer = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.98), eps=1e-6,
                                   weight_decay=0.0)
@@ -1931,72 +1905,41 @@ def test_a_trial_is_adamw_on_its_batches():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for ours, theirs in zip(tuning.model.parameters(), reference.parameters()):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
-
-
-def test_a_trial_repeats_and_leaves_nothing_to_the_next():
-    """In the same tensors, whose addresses a recorded graph holds."""
-    tuning, split = tuning_of(LENGTHS, dropout=0.1)
-
-    def trial(tuning, seed):
-        finetune_glue.fit([tuning], [seed], lambda tokens: None)
-        return [p.detach().clone() for p in tuning.model.parameters()]
-
-    def places():
-        return [t.data_ptr() for t in [*tuning.model.state_dict().values(), *(
-            t for state in tuning.optimizer.state.values() for t in state.values())]]
-
-    first, at = trial(tuning, 0), places()
-    second = trial(tuning, 1)
-    assert same(trial(tuning, 0), first) and places() == at
-    assert not same(first, second) and same(trial(tuning_of(LENGTHS, dropout=0.1)[0], 1), second)
-
-
-def test_steps_are_recorded_with_dropout_each_length_once(monkeypatch):
-    """What a card would record, without one."""
-    tuning, _ = tuning_of(LENGTHS, dropout=0.1)
-    tuning.records, tuning.generator, tuning.stream, recorded = True, Mock(), Mock(), []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-
-    def record(T):
-        assert all(module.training for module in tuning.model.modules())
-        assert tuning.scaler  # a step needs it
-        recorded.append(T)
-        tuning.graphs[T] = None
-
-    tuning.record = record
-    for seed in (0, 1):
-        tuning.model.eval()  # as load_checkpoint and predict leave it
-        tuning.start(seed)
-        assert recorded == sorted(set(tuning.lengths)) and len(recorded) > 1
-        tuning.generator.manual_seed.assert_called_with(seed)
+    for one, other in zip(ours, reference.parameters()):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_trials_side_by_side_are_the_trials_alone():
-    alone, tokens = {}, []
-    for seed in (0, 1):
-        tuning = tuning_of(LENGTHS)[0]
-        finetune_glue.fit([tuning], [seed], lambda tokens: None)
-        alone[seed] = [*tuning.model.parameters()]
-    tunings = [tuning_of(LENGTHS)[0] for _ in range(2)]
-    finetune_glue.fit(tunings, [0, 1], tokens.append)
-    for tuning, weights in zip(tunings, alone.values()):
-        assert same([*tuning.model.parameters()], weights)
-    assert not same(*alone.values())
-    assert sum(tokens) == sum(4 * sum(tuning.lengths) for tuning in tunings)
+    alone = [weights_after(trial_of(seed))[0] for seed in (0, 1)]
+    assert same(weights_after(trial_of(0), trial_of(1)), alone) and not same(*alone)
 
 
-@pytest.mark.parametrize("device, dtype, expected", [
-    ("cuda", torch.bfloat16, {32, 128}), ("cuda", torch.float16, set()),
-    ("cpu", torch.float32, set())])
-def test_blocks_are_compiled_only_for_lengths_with_many_steps(monkeypatch, device, dtype, expected):
-    monkeypatch.setattr(finetune_glue, "can_compile", lambda device: True)
-    few = finetune_glue.COMPILE_STEPS - 1
-    steps = {32: few + 1, 64: few, 96: 1, 128: 100_000}
-    assert finetune_glue.lengths_to_compile(steps, torch.device(device), dtype) == expected
-    monkeypatch.setattr(finetune_glue, "can_compile", lambda device: False)
-    assert not finetune_glue.lengths_to_compile(steps, torch.device(device), dtype)
+def test_recording_leaves_nothing_behind(monkeypatch):
+    """A card takes steps to record, with the dropout of training. Here they are only taken."""
+    [expected] = weights_after(trial_of(dropout=0.1))
+    real = finetune_glue.Trial.set_weights
+
+    def record_first(self, *args):
+        assert self.model.training
+        places = [p.data_ptr() for p in self.model.parameters()]
+        for T in (32, 96):
+            self.lr.fill_(1.0)
+            self.step(T)
+        real(self, *args)
+        assert places == [p.data_ptr() for p in self.model.parameters()]  # what a graph holds
+
+    monkeypatch.setattr(finetune_glue.Trial, "set_weights", record_first)
+    assert same(weights_after(trial_of(dropout=0.1))[0], expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_replayed_graphs_are_the_steps_one_by_one():
+    eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
+    eager.use_graphs = False
+    (expected,), (ours, _) = weights_after(eager), weights_after(*replayed)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(ours, expected))
+    moved = replayed[0].model.bert.embed.weight.cpu() - model_of(seq_len=128).float().embed.weight
+    assert moved.abs().max() > 1e-2  # far more than the two may differ by
 
 
 def test_blocks_share_one_compiled_code_for_each_length():
@@ -2017,13 +1960,13 @@ def test_blocks_share_one_compiled_code_for_each_length():
 
 
 @pytest.mark.parametrize("task, columns, flags, words", [
-    ("cola", {"label": 2}, (), "label 2 is not from 0 to 1"),
+    ("cola", {"label": 2}, (), "train.jsonl, row 1: label 2 is not from 0 to 1"),
     ("cola", {"label": -1}, (), "label -1 is not from 0 to 1"),
     ("stsb", {"label": 5.5}, (), "label 5.5 is not from 0 to 5"),
     ("cola", {"label": "1"}, (), "label '1' is not from 0 to 1"),
     ("cola", {"label": None}, (), "label None"),
     ("cola", {"sentence": 3}, (), "not a string"),
-    ("cola", {"idx": 0}, ("--test",), "idx is not 0 to 15"),
+    ("cola", {"idx": 0}, ("--test",), "test.jsonl, row 2: idx is 0, not 1"),
     ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
     ("cola", {}, ("--seed", -1), "--seed must be from 0"),
     ("cola", {}, ("--dropout", 1), "--dropout must be from 0 to below 1"),
@@ -2038,17 +1981,24 @@ def test_glue_says_what_is_wrong(train, tmp_path, complaint, task, columns, flag
                               "--data", tmp_path / "glue", *flags)
 
 
-def test_glue_needs_its_columns_and_its_splits(glue, tmp_path):
+def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_path, monkeypatch):
+    def refused(words, *flags):
+        with pytest.raises((cram.CramError, OSError), match=words):
+            glue("--task", "cola", *ONE, *flags)
+
     folder = write_glue(tmp_path / "glue", "cola") / "cola"
     (folder / "test.jsonl").unlink()
-    glue("--task", "cola", "--trials", 1, "--epochs", 1)  # needed by --test only
-    with pytest.raises(cram.CramError, match="no test.jsonl"):
-        glue("--task", "cola", "--trials", 1, "--epochs", 1, "--test")
-    assert not (tmp_path / "out/glue_test").exists()
-    (folder / "train.jsonl").write_text("\n".join([json.dumps({"text": "x", "label": 0})] * 20))
-    with pytest.raises(cram.CramError, match="needs the columns sentence and label"):
-        glue("--task", "cola")
-    (tmp_path / "out/glue.json").write_text('{"runs": 3}')
-    write_glue(tmp_path / "glue", "cola")
-    with pytest.raises(cram.CramError, match="glue.json is not a results file"):
-        glue("--task", "cola")
+    glue("--task", "cola", *ONE)  # needed by --test only
+    monkeypatch.setattr(finetune_glue.Trial, "run_step", None)  # all below is said before a step
+    refused("no test.jsonl", "--test")
+    refused("glue.json", "--out", glue.folder / "glue.json")  # a file
+    if Path("/proc/self").is_dir():  # where even root cannot write
+        refused("/proc/self", "--out", "/proc/self")
+    (glue.folder / "glue.json").write_text('{"runs": 3}')
+    refused("glue.json is not a results file")
+    (folder / "train.jsonl").write_text(json.dumps({"text": "x", "label": 0}))
+    refused("not a results file")
+    (glue.folder / "glue.json").unlink()
+    refused("needs the columns sentence and label")
+    (folder / "train.jsonl").write_text('{"sentence": ')
+    refused("train.jsonl cannot be read")
