@@ -1,7 +1,10 @@
-"""What the three scripts promise, as tests: pytest -q (three minutes on two cores, no network).
+"""What the three scripts promise, as tests: pytest -q (some four minutes on two cores, no network).
 
-Sections: preparing data, the model, the recipe, a training run, a run that is interrupted, several
-processes, export, bad input, GLUE. Everything runs on small text that is made here.
+    pytest -q -m "not slow"   without those that take long
+    pytest -q -m cuda         only those that need a card
+
+Sections: preparing data, the model, ELECTRA, the recipe, a training run, an interrupted run,
+several processes, export, bad input, GLUE. Everything runs on small text that is made here.
 """
 
 import argparse
@@ -1918,6 +1921,7 @@ def test_recording_leaves_nothing_behind(monkeypatch):
     assert same(weights_after(trial_of(dropout=0.1))[0], expected)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_replayed_graphs_are_the_steps_one_by_one():
     eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
