@@ -18,6 +18,7 @@ import ast
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -53,7 +54,6 @@ TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
 DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
 TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
-LONG_PARAGRAPH = 200  # characters: a shorter line may repeat ("Chapter 1"), a longer one is a copy
 SEEN_SLOTS = 2**25  # 8-byte slots of the duplicate table: 268 MB, see `Seen`
 VAL_EVERY = 100  # one document in so many is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); later ones are unused
@@ -71,23 +71,53 @@ NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
 
-def build_normalizer():
+# What becomes of characters outside ASCII (patterns are Oniguruma's). GLUE is nearly all ASCII, so
+# its forms are the ones to learn. Nothing may glue words together or change a number: "10²" must
+# not become 102, nor "1½" 11/2, nor "don´t" don t.
+
+BEFORE_DECOMPOSING = [  # NFKD would lose these or confuse them with something else
+    ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
+    ("[“”„‟«»″\x93\x94]", '"'),  # \x91 to \x97: Windows-1252, read as Latin-1
+    ("[™℠]", " "),
+    ("º", "°"),  # commonly typed for degrees
+    ("≠", "!="),
+    # Insertions: never before the first character, where the library would panic
+    (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
+    (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
+    (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
+]
+AFTER_DECOMPOSING = [  # in lower case
+    ("[\\p{Pd}−\x96\x97]", "-"),  # hyphens, dashes, minus
+    ("[⁄∕÷]", "/"), ("×", "x"), ("±", "+/-"), ("≤", "<="), ("≥", ">="), ("≈", "~"), ("√", " sqrt "),
+    ("μ(?=[a-z])", "u"),  # 5 μg is not 5 g
+    ("°", " degrees "), ("£", " pounds "), ("€", " euro "), ("¥", " yen "),
+    ("ß", "ss"), ("æ", "ae"), ("œ", "oe"), ("þ", "th"),  # letters that do not decompose
+    ("[đð]", "d"), ("ø", "o"), ("ł", "l"), ("ı", "i"), ("ħ", "h"),
+    (r"[\p{M}\p{Cf}]+", ""),  # accents, now set apart; soft hyphens, zero-width characters
+]
+
+
+def build_normalizer(ascii_only=False):
     """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
-    Our deviation: curly quotes and dashes become ASCII first. Dropping them, as every other
-    non-ASCII character, would turn don’t into dont and 1990–1995 into 19901995, while GLUE has
-    the ASCII forms.
+    Our deviation: the paper drops what is not ASCII. Here characters that stand for something in
+    English are replaced as above, the rest (other scripts, emoji, controls) becomes a space.
+
+    `ascii_only` leaves out what ASCII text does not need. It gives the same and takes a quarter of
+    the time.
     """
-    n = normalizers
-    return n.Sequence([
-        n.Replace(Regex("[“”]|’’|``|''"), '"'),
-        n.Replace(Regex("[‘’]"), "'"),
-        n.Replace(Regex("[–—]"), "-"),
-        n.NFD(),
-        n.Lowercase(),
-        n.Replace(Regex(r"[^\s\x21-\x7e]+"), ""),  # the accents too, which NFD has set apart
-        n.Replace(Regex(r"\s+"), " "),
-        n.Strip(),
+    def replace(pattern, by):
+        return normalizers.Replace(Regex(pattern), by)
+
+    before, after = ([], []) if ascii_only else (BEFORE_DECOMPOSING, AFTER_DECOMPOSING)
+    return normalizers.Sequence([
+        *(replace(*pair) for pair in before),
+        *([] if ascii_only else [normalizers.NFKD()]),
+        normalizers.Lowercase(),
+        *(replace(*pair) for pair in after),
+        replace("``|''", '"'),
+        replace(r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # not at single spaces: twice as fast
+        normalizers.Strip(),
     ])
 
 
@@ -152,8 +182,6 @@ def local_files(pattern, out):
         if kind(f) not in SUFFIXES or (kind(f) == ".parquet" and f.suffix != ".parquet"):
             raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)}, all "
                              "but parquet also .gz or .xz")
-    if len({kind(f) == ".parquet" for f in files}) > 1:
-        raise SystemExit(f"--source {pattern}: .parquet among other files; prepare one kind alone")
     return files
 
 
@@ -213,20 +241,30 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """The file in pieces of some PIECE bytes, each a document to the end of a line; a longer
+    """The file in pieces of some PIECE characters, each a document to the end of a line; a longer
     line is cut."""
-    ends_inside = False  # a line, and perhaps a letter of several bytes
-    while piece := stream.read(PIECE):
-        piece += stream.readline(PIECE)
-        begins_inside, ends_inside = ends_inside, len(piece) >= 2 * PIECE
-        try:
-            yield piece.decode(
-                "utf-8", "ignore" if begins_inside or ends_inside else "strict"), None
-        except UnicodeDecodeError as error:
-            yield None, f"{path}: not UTF-8 ({error.reason})"
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+    replaced = 0
+    while piece := text.read(PIECE):
+        piece, bad_bytes = re.subn("[\udc80-\udcff]", "\ufffd", piece + text.readline(PIECE))
+        replaced += bad_bytes
+        yield piece, None
+    if replaced:
+        yield None, f"{path}: {replaced:,} bytes that are not UTF-8, replaced"
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json}
+def read_parquet(stream, path):
+    import datasets  # only here: it takes seconds, and most sources work without it
+
+    # A file by itself, the one column: the others may differ from file to file. batch_size: a
+    # file without rows would set it to 0.
+    rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train",
+                                 columns=["text"], batch_size=1000, streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield text_of(row, f"{path} row {number}")
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 
 
 def read_file(path):
@@ -238,6 +276,10 @@ def read_file(path):
             yield from READERS[kind(path)](stream, path)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         yield None, f"{path}: the compressed file is damaged or cut off ({error})"
+    except Exception as error:  # of pyarrow, which has many
+        if kind(path) != ".parquet":
+            raise
+        yield None, f"{path}: not a good parquet file with a column text ({error})"
 
 
 def python_docs():
@@ -276,12 +318,11 @@ class Source:
     def __init__(self, name, out):
         self.name = name
         self.files = [] if name in HUB or name in BUILT_IN else local_files(name, out)
-        self.parquet = [glob.escape(str(f)) for f in self.files if f.suffix == ".parquet"]
         self.begin = {"documents": 0, "stream": None}
 
     def documents(self, position):
         self.count, self.stream = position["documents"], None
-        if self.name in HUB or self.parquet:
+        if self.name in HUB:
             documents = self.streamed(position["stream"])
         else:
             documents = BUILT_IN[self.name]() if self.name in BUILT_IN else (
@@ -304,11 +345,9 @@ class Source:
         while True:
             try:
                 if self.stream is None:
-                    repository, configuration = HUB.get(self.name, ("parquet", None))
-                    # batch_size: a parquet file without rows would set it to 0
+                    repository, configuration = HUB[self.name]
                     self.stream = datasets.load_dataset(
-                        repository, configuration, data_files=self.parquet or None, split="train",
-                        streaming=True, **({"batch_size": 1000} if self.parquet else {}))
+                        repository, configuration, split="train", streaming=True)
                 if state:
                     self.stream.load_state_dict(state)
                 for row in self.stream:
@@ -317,8 +356,6 @@ class Source:
                 return
             except Exception as error:  # of any of four HTTP libraries; shown, raised in the end
                 what = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
-                if self.parquet:
-                    raise SystemExit(f"--source {self.name}: not a good parquet file ({what})")
                 if self.stream is None:
                     raise SystemExit(
                         f"--source {self.name}: cannot open {repository} on the Hugging Face hub "
@@ -333,10 +370,10 @@ class Source:
                 state = self.stream.state_dict()
 
     def sample(self, limit):
-        """About `limit` characters for the tokenizer: of text and JSON files a share of each, by
-        size; of others the beginning."""
+        """About `limit` characters for the tokenizer: of files a share of each, by size; of others
+        the beginning."""
         used, due, total = 0, 0, sum(f.stat().st_size for f in self.files)
-        if self.files and not self.parquet:
+        if self.files:
             sources = ((limit * f.stat().st_size / max(1, total), read_file(f))
                        for f in self.files)
         else:
@@ -373,11 +410,11 @@ def pieces(text):
 
 def start_worker(tokenizer_json):
     """Runs once in each process. The watch ends it when the parent is gone, even if killed."""
-    global tokenizer, normalizer
+    global tokenizer, normalizer, ascii_normalizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
-    normalizer = tokenizer.normalizer
+    normalizer, ascii_normalizer = tokenizer.normalizer, build_normalizer(ascii_only=True)
     tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
 
     def watch():
@@ -392,24 +429,18 @@ def tokenize(texts):
 
 
 def tokenize_document(text):
-    """What `pack` needs of a document: (hash, [(ids, characters, hash), ...]).
-
-    The triples are its paragraphs, which are lines: ids is uint16, the hash 0 for one too short to
-    be called a copy. Tokenized one by one they give the tokens of the joined text.
-    """
-    digest, paragraphs = hashlib.blake2b(digest_size=8), []
+    """What `pack` needs of a document: its token ids (uint16), characters, and a 64-bit hash of
+    the normalised text."""
+    digest, ids, characters = hashlib.blake2b(digest_size=8), [], 0
     for piece in pieces(text):
-        normal = normalizer.normalize_str(piece)
+        normal = (ascii_normalizer if piece.isascii() else normalizer).normalize_str(piece)
         if normal:
             [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
-            ids, long = np.array(encoding.ids, np.uint16), len(normal) >= LONG_PARAGRAPH
-            paragraphs.append((ids, len(normal), hash64(normal) if long else 0))
-            digest.update(normal.encode() + b" ")  # a document of one line is no copy of that line
-    return int.from_bytes(digest.digest(), "little"), paragraphs
-
-
-def hash64(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+            ids.append(np.array(encoding.ids, np.uint16))
+            digest.update(normal.encode() + b" ")
+            characters += len(normal) + 1  # with the spaces between pieces
+    return (np.concatenate(ids) if ids else np.zeros(0, np.uint16), max(0, characters - 1),
+            int.from_bytes(digest.digest(), "little"))
 
 
 def chunks(source, position):
@@ -504,7 +535,7 @@ class TooLittleText(Exception):
 
 
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
-          "dropped_duplicate", "paragraphs_dropped_duplicate", "train_tokens", "val_tokens",
+          "dropped_duplicate", "train_tokens", "val_tokens",
           "val_documents", "characters_written")
 
 
@@ -534,30 +565,29 @@ def pack(source, tokenizer_json, work, seq_len, target):
         progress["seen"] = seen.entries
         write_whole(work / "progress.json", progress)
 
-    def take(digest, paragraphs):
+    def take(ids, characters, digest):
         """Write a document if it is wanted. Returns what became of it, a key of the counts."""
-        characters = sum(n + 1 for _, n, _ in paragraphs) - 1  # with the spaces between them
-        if not paragraphs:
+        if not characters:
             return "empty"
-        if sum(len(ids) for ids, _, _ in paragraphs) >= MAX_DENSITY * characters:
+        if len(ids) >= MAX_DENSITY * characters:
             return "dropped_density"
         if seen.add(digest):
             return "dropped_duplicate"
-        fresh = [(ids, n) for ids, n, mark in paragraphs if not (mark and seen.add(mark))]
-        counts["paragraphs_dropped_duplicate"] += len(paragraphs) - len(fresh)
-        if not fresh:
-            return "dropped_duplicate"
-        out = np.concatenate([ids for ids, _ in fresh] + [np.array([SEP], np.uint16)])
-        if digest % VAL_EVERY:  # by what it says, not by its place: the same text, the same side
-            train.write(out.tobytes())
-            counts["train_tokens"] += len(out)
+        ids = np.append(ids, np.uint16(SEP))
+        if counts["val_tokens"] < seq_len:  # the first tokens fill one row, so that there is one
+            n_val = seq_len - counts["val_tokens"]
+        elif digest % VAL_EVERY:  # by what it says, not by its place: the same text, the same side
+            n_val = 0
         elif counts["val_tokens"] < VAL_MAX_ROWS * seq_len:
-            val.write(out.tobytes())
-            counts["val_tokens"] += len(out)
-            counts["val_documents"] += 1
+            n_val = len(ids)
         else:
             return "documents_kept"  # val.bin is full, and training must not see it either
-        counts["characters_written"] += sum(n + 1 for _, n in fresh)
+        val.write(ids[:n_val].tobytes())
+        train.write(ids[n_val:].tobytes())
+        counts["val_tokens"] += len(ids[:n_val])
+        counts["train_tokens"] += len(ids[n_val:])
+        counts["val_documents"] += n_val > 0
+        counts["characters_written"] += characters + 1
         return "documents_kept"
 
     enough = counts["train_tokens"] >= target
@@ -571,8 +601,8 @@ def pack(source, tokenizer_json, work, seq_len, target):
             if reasons and not progress["first_invalid"]:
                 progress["first_invalid"] = reasons[0]
                 tqdm.write(f"skipping what cannot be read, first: {ascii(reasons[0])}")
-            for digest, paragraphs in documents:
-                counts[take(digest, paragraphs)] += 1
+            for document in documents:
+                counts[take(*document)] += 1
             progress["position"] = position
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
@@ -591,27 +621,6 @@ def pack(source, tokenizer_json, work, seq_len, target):
             f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else "")
             + DENSITY_HINT * (counts["dropped_density"] > 0))
     return progress
-
-
-def split_small(work, seq_len, counts):
-    """A corpus with less than one row of validation moves its last documents there.
-
-    Returns the two streams in new files: those of `pack` stay as its progress.json says they are.
-    """
-    train = np.fromfile(work / "train.tokens", np.uint16)
-    val = np.fromfile(work / "val.tokens", np.uint16)
-    ends = np.flatnonzero(train == SEP) + 1
-    enough = ends[(len(train) - ends + len(val) >= seq_len) & (ends >= seq_len)]
-    if not len(enough):
-        raise TooLittleText(
-            f"too little text: {len(train) + len(val):,} tokens are left of "
-            f"{counts['documents_read']:,} documents, not enough for one row of {seq_len} to "
-            "train on and another, from other documents, to validate on")
-    cut = enough[-1]
-    counts["val_documents"] += int((ends > cut).sum())
-    train[:cut].tofile(work / "train.split")
-    np.concatenate([val, train[cut:]]).tofile(work / "val.split")
-    return work / "train.split", work / "val.split"
 
 
 # ------------------------------------------------------------------------------- 6. Order
@@ -719,6 +728,15 @@ def report(meta):
           + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
 
+def token_count(text):
+    """200M, 1.5G and 1e9 are understood."""
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
+    try:
+        return int(float(text if scale == 1 else text[:-1]) * scale)
+    except OverflowError:  # "inf"
+        raise ValueError from None
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -726,7 +744,7 @@ def main():
         "c4, wikipedia, fineweb-edu (from the hub), python-docs (no network), or a path, folder or "
         "glob of .txt, .jsonl, .json, .parquet files, also .gz, .xz, text in the column "
         '"text" (default: %(default)s)'))
-    parser.add_argument("--tokens", type=int, default=TOKENS_A6000_DAY, help=(
+    parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
         "stop after about so many training tokens (default: %(default)s, what the paper's A6000 "
         "reads in 24 h; 18 GB on disk)"))
     parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
@@ -786,18 +804,20 @@ def main():
         counts = progress["counts"]
         if counts["train_tokens"] < args.tokens:
             print(f"the source ended after {counts['train_tokens']:,} training tokens")
-        train_tokens, val_tokens = work / "train.tokens", work / "val.tokens"
-        if counts["val_tokens"] < args.seq_len or counts["train_tokens"] < args.seq_len:
-            train_tokens, val_tokens = split_small(work, args.seq_len, counts)
+        if counts["train_tokens"] < args.seq_len:
+            raise TooLittleText(
+                f"too little text: {counts['train_tokens'] + counts['val_tokens']:,} tokens are "
+                f"left of {counts['documents_read']:,} documents, not enough for a row of "
+                f"{args.seq_len} to train on and another to validate on")
     except TooLittleText as error:
         shutil.rmtree(work)
         if not any(out.iterdir()):
             out.rmdir()
         raise SystemExit(f"--source {args.source}: {error}") from None
 
-    n_rows, sha256, entropy = order_rows(train_tokens, out / "train.bin", args.seq_len,
+    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)
-    val = np.fromfile(val_tokens, np.uint16)
+    val = np.fromfile(work / "val.tokens", np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
     write_whole(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
     write_whole(out / "tokenizer.json", tokenizer_json.encode())
