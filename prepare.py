@@ -4,10 +4,10 @@
     python prepare.py --source "texts/*.jsonl.xz" --out data/own  # your own text
     python prepare.py --source python-docs --vocab-size 4096 --out data/docs  # no network, 30 s
 
-What happens to the text: it is read a document at a time, normalised to lower-case ASCII, used to
-train a WordPiece tokenizer, tokenized in parallel, filtered, deduplicated, packed without padding
-into rows of 128, and sorted so that short sentences come first. It streams: memory does not grow
-with the corpus, and a run that was stopped goes on when the same command is started again.
+Each document is normalised to lower-case ASCII, tokenized, filtered and deduplicated. The tokens
+are packed without padding into rows of 128, and the rows are sorted so that short sentences come
+first. The WordPiece tokenizer is trained on the same text. Memory does not grow with the corpus,
+and a run that was stopped resumes when the same command is started again.
 
 Writes train.bin and val.bin (uint16 rows), tokenizer.json and meta.json into --out. The recipe is
 that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), section 4.4, and its released code.
@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
 import multiprocessing
 import os
@@ -31,13 +32,18 @@ import sysconfig
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
@@ -54,22 +60,23 @@ TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
 DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
 TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
-SEEN_SLOTS = 2**25  # 8-byte slots of the duplicate table: 268 MB, see `Seen`
+DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
 VAL_EVERY = 100  # one document in so many is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); later ones are unused
 
-MAX_DOCUMENT = 50_000_000  # bytes on one line; what is longer is no document, and is skipped
+MAX_DOCUMENT = 50_000_000  # bytes on one line; a longer line is skipped
 MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
-PIECE = 100_000  # characters handed to the tokenizer at once; bytes of a piece of a .txt file
-PILE_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
+PIECE = 100_000  # characters: at most this much is tokenized at once; a document of a .txt file
+BUCKET_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
-SAVE_SECONDS = 5  # between the places from which a killed run goes on
-BAR_S = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
-NETWORK_RETRIES = 8  # in a row, waiting 1, 2, 4 ... seconds: about four minutes of outage
+SAVE_SECONDS = 5  # a killed run loses at most about this much work
+BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
+OUTAGE_SECONDS = 1800  # of the network, then the run stops
+RETRY_SECONDS = 60  # between attempts
+REASONS_SHOWN = 20  # of documents and files that cannot be read; the others are only counted
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
-
 
 # What becomes of characters outside ASCII (patterns are Oniguruma's). GLUE is nearly all ASCII, so
 # its forms are the ones to learn. Nothing may glue words together or change a number: "10²" must
@@ -121,9 +128,15 @@ def build_normalizer(ascii_only=False):
     ])
 
 
+NORMALIZER, ASCII_NORMALIZER = build_normalizer(), build_normalizer(ascii_only=True)
+
+
+def normalize(text):
+    return (ASCII_NORMALIZER if text.isascii() else NORMALIZER).normalize_str(text)
+
+
 def untrained(model):
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = build_normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
     return tokenizer
 
@@ -142,47 +155,20 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False
     )
     learned = untrained(models.WordPiece(unk_token="<unk>"))
-    learned.train_from_iterator(texts, trainer)
+    learned.train_from_iterator(map(normalize, texts), trainer)
 
     words = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + words)}
     tokenizer = untrained(
         models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer.normalizer = NORMALIZER
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
 # ------------------------------------------------------------------------------- 3. Sources
-# A source yields (text, None) for each document and (None, reason) for one that cannot be read,
-# always in the same order, so that a number of documents is a position to go on from.
-
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-
-
-def kind(path):
-    return Path(re.sub(r"\.(gz|xz)$", "", path.name)).suffix
-
-
-def local_files(pattern, out):
-    """The files that a path, folder or glob names, sorted; an error if there is none to read."""
-    path = Path(pattern)
-    if path.is_dir():
-        found = [f for f in path.rglob("*") if kind(f) in SUFFIXES]
-    else:
-        found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-    out = out.resolve()
-    ours = (out / "meta.json", out / "tokenizer.json")  # and what is in work
-    files = sorted(f for f in found if f.is_file() and f.resolve() not in ours
-                   and f.resolve().parent != out / "work")
-    if not files:
-        raise SystemExit(f"--source {pattern}: nothing to read there. Give one of "
-                         f"{', '.join([*HUB, *BUILT_IN])}, or a path or glob of "
-                         f"{', '.join(SUFFIXES)} files (also .gz, .xz)")
-    for f in files:
-        if kind(f) not in SUFFIXES or (kind(f) == ".parquet" and f.suffix != ".parquet"):
-            raise SystemExit(f"{f}: cannot read this kind of file, only {', '.join(SUFFIXES)}, all "
-                             "but parquet also .gz or .xz")
-    return files
+# A reader yields (text, None) for each document and (None, reason) for one that cannot be read.
+# The order is always the same, so that a number of documents is a place to resume from.
 
 
 def text_of(row, where):
@@ -241,8 +227,8 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """The file in pieces of some PIECE characters, each a document to the end of a line; a longer
-    line is cut."""
+    """The file in pieces of about PIECE characters, each a document. They end where a line does;
+    a line that is longer than a piece is cut."""
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
     replaced = 0
     while piece := text.read(PIECE):
@@ -250,39 +236,62 @@ def read_txt(stream, path):
         replaced += bad_bytes
         yield piece, None
     if replaced:
-        yield None, f"{path}: {replaced:,} bytes that are not UTF-8, replaced"
+        yield None, f"{path}: {replaced:,} bytes that are not UTF-8 became spaces"
 
 
 def read_parquet(stream, path):
-    import datasets  # only here: it takes seconds, and most sources work without it
+    import datasets  # only here and for the hub: it takes seconds
 
-    # A file by itself, the one column: the others may differ from file to file. batch_size: a
-    # file without rows would set it to 0.
-    rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train",
-                                 columns=["text"], batch_size=1000, streaming=True)
+    # Each file alone and one column: the others may differ from file to file. batch_size: without
+    # it a file that has no rows would be an error.
+    stream.close()
+    rows = datasets.load_dataset("parquet", data_files=glob.escape(path), columns=["text"],
+                                 batch_size=1000, split="train", streaming=True)
     for number, row in enumerate(rows, 1):
         yield text_of(row, f"{path} row {number}")
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+KINDS, PLAIN = ", ".join(READERS), (".txt", ".jsonl", ".json")
+UNPACK = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def kind(path):
+    """".jsonl" of a.JSONL.gz; the whole ending of what cannot be read."""
+    name, packed = os.path.splitext(path.lower())
+    inner = os.path.splitext(name)[1] if packed in UNPACK else packed
+    return packed if inner == packed or inner not in READERS or inner == ".parquet" else inner
+
+
+def is_damage(error):
+    """Whether the file is bad, rather than the disk or the network. (pyarrow raises OSError for
+    what it cannot decode, without an error number.)"""
+    return isinstance(error, (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError)) \
+        or (type(error) is OSError and error.errno is None)
 
 
 def read_file(path):
-    """Documents of one local file. One that breaks off (a cut download) keeps what came before, of
-    a .txt the whole pieces."""
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    """Documents of one file, local or hf://. A damaged one (a cut download) keeps what comes
+    before the damage."""
+    unpack = UNPACK.get(os.path.splitext(path.lower())[1])
     try:
-        with opened(path, "rb") as stream:
-            yield from READERS[kind(path)](stream, path)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        yield None, f"{path}: the compressed file is damaged or cut off ({error})"
-    except Exception as error:  # of pyarrow, which has many
-        if kind(path) != ".parquet":
+        with open_file(path) as raw:
+            yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
+    except Exception as error:
+        if not is_damage(error):
             raise
-        yield None, f"{path}: not a good parquet file with a column text ({error})"
+        yield None, f"{path}: the file is damaged or cut off ({one_line(error)})"
 
 
-def python_docs():
+def open_file(path):
+    if not path.startswith("hf://"):
+        return open(path, "rb")
+    from datasets.utils.file_utils import xopen  # of the hub
+
+    return xopen(path, "rb")
+
+
+def python_docs(_):
     """What ships inside every CPython: the language reference's topics, and each module's docs."""
     try:
         from pydoc_data.topics import topics
@@ -304,82 +313,123 @@ def python_docs():
         yield without_surrogates("\n".join(filter(None, docs))), None
 
 
-# A source of your own: a function that yields documents, as above, under the name for --source
+# A source of your own: a function that yields documents as a reader does, under its --source name
 BUILT_IN = {"python-docs": python_docs}
 
 
-class Source:
-    """Documents of --source, from any position on.
+def local_files(pattern, out):
+    """The readable files that a path, folder or glob names, sorted. Says what is not read."""
+    path = Path(pattern)
+    if path.is_dir():
+        found = [f for f in path.rglob("*") if f.is_file() or f.is_symlink()]
+    else:
+        found = [path] if path.is_file() else [*map(Path, glob.glob(pattern, recursive=True))]
+    ours = (out.resolve() / "meta.json", out.resolve() / "tokenizer.json")
+    found = [f for f in found if f.resolve() not in ours
+             and f.resolve().parent != out.resolve() / "work"]
+    files = sorted(f for f in found if f.is_file() and kind(str(f)) in READERS)
+    read = Counter(kind(str(f)) for f in files)
+    others = Counter("linked folders" if f.is_symlink() and f.is_dir() else
+                     kind(str(f)) or "without ending" for f in {*found} - {*files})
+    listed = [", ".join(f"{n:,} {what}" for what, n in sorted(each.items()))
+              for each in (read, others)]
+    if not files:
+        names = ", ".join([*HUB, *BUILT_IN])
+        raise SystemExit(f"--source {pattern}: nothing to read there"
+                         + f" (only {listed[1]})" * bool(others)
+                         + f". Give one of {names}, or a path, folder or glob of {KINDS} files, "
+                         "all but .parquet also .gz or .xz")
+    print(f"files: {listed[0]}" + f"; not read: {listed[1]}" * bool(others))
+    return [str(f) for f in files]
 
-    A position is JSON: {"documents": how many were read, "stream": the state of the `datasets`
-    stream, where there is one}. `bookmark` gives that behind the last document yielded.
+
+class Source:
+    """Documents of --source, from any place on.
+
+    A place, `cursor`, is JSON: {"documents": how many were read before it, "file": a number,
+    "row": how many of them are of that file}.
     """
 
+    START = {"documents": 0, "file": 0, "row": 0}
+
     def __init__(self, name, out):
-        self.name = name
-        self.files = [] if name in HUB or name in BUILT_IN else local_files(name, out)
-        self.begin = {"documents": 0, "stream": None}
-
-    def documents(self, position):
-        self.count, self.stream = position["documents"], None
-        if self.name in HUB:
-            documents = self.streamed(position["stream"])
+        self.name, self.revision = name, None
+        if name in HUB:
+            self.files = []  # see connect
         else:
-            documents = BUILT_IN[self.name]() if self.name in BUILT_IN else (
-                itertools.chain.from_iterable(map(read_file, self.files)))
-            documents = itertools.islice(documents, self.count, None)
-        for document in documents:
-            self.count += 1
-            yield document
+            self.files = [name] if name in BUILT_IN else local_files(name, out)
+        self.sizes = [] if name in HUB or name in BUILT_IN else [*map(os.path.getsize, self.files)]
+        self.outage_began = None
 
-    def bookmark(self):
-        return {"documents": self.count,
-                "stream": self.stream.state_dict() if self.stream else None}
+    def connect(self, revision):
+        """List the files of a repository on the hub: at the revision that was read before, if
+        there is one, so that a change of the repository does not shift the place."""
+        import datasets
 
-    def streamed(self, state):
-        """Rows through `datasets`, across a network that comes and goes."""
-        import datasets  # only here: it takes seconds, and most sources work without it
-
+        for library in ("datasets", "huggingface_hub"):  # each retries, and says so, many times
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         datasets.disable_progress_bars()
-        failures = 0
-        while True:
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
+        repository, configuration = HUB[self.name]
+        while not self.files:
             try:
-                if self.stream is None:
-                    repository, configuration = HUB[self.name]
-                    self.stream = datasets.load_dataset(
-                        repository, configuration, split="train", streaming=True)
-                if state:
-                    self.stream.load_state_dict(state)
-                for row in self.stream:
-                    yield text_of(row, f"{self.name} row {self.count + 1}")
-                    failures = 0
-                return
-            except Exception as error:  # of any of four HTTP libraries; shown, raised in the end
-                what = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
-                if self.stream is None:
-                    raise SystemExit(
-                        f"--source {self.name}: cannot open {repository} on the Hugging Face hub "
-                        f"({what}). Without a network, use --source python-docs or a path to text "
-                        "files of your own.")
-                if failures == NETWORK_RETRIES:
-                    raise SystemExit(f"--source {self.name}: {what}. Start the same command again "
-                                     "to go on from here.")
-                tqdm.write(f"{what}; trying again in {2**failures} s")
-                time.sleep(2**failures)
-                failures += 1
-                state = self.stream.state_dict()
+                builder = datasets.load_dataset_builder(
+                    repository, configuration, revision=revision)
+                self.files = list(builder.config.data_files["train"])
+            except Exception as error:  # of any of four HTTP libraries
+                if revision is None:
+                    raise UnusableSource(
+                        f"cannot open {repository} on the Hugging Face hub ({one_line(error)}). "
+                        "Without a network, use --source python-docs or a path to text files of "
+                        "your own.") from None
+                self.wait(error)
+        self.revision = re.search("@([0-9a-f]+)/", self.files[0])[1]  # hf://datasets/R@SHA/...
+
+    def documents(self, cursor):
+        """`self.cursor` is the place behind the last document yielded."""
+        self.cursor = dict(cursor)
+        while self.cursor["file"] < len(self.files):
+            file = self.files[self.cursor["file"]]
+            if self.cursor["row"] and self.name in HUB:
+                tqdm.write(f"reading {file} again from its start, up to document "
+                           f"{self.cursor['row']:,}")
+            try:
+                read = BUILT_IN.get(file, read_file)
+                for document in itertools.islice(read(file), self.cursor["row"], None):
+                    self.outage_began = None
+                    self.cursor["documents"] += 1
+                    self.cursor["row"] += 1
+                    yield document
+            except Exception as error:
+                if self.name not in HUB:
+                    raise
+                self.wait(error)
+            else:
+                self.cursor.update(file=self.cursor["file"] + 1, row=0)
+
+    def wait(self, error):
+        """Sleep until the next attempt to reach the hub; stop if it has been away for long."""
+        now = time.monotonic()
+        self.outage_began = self.outage_began or now
+        if now - self.outage_began > OUTAGE_SECONDS:
+            raise SystemExit(f"--source {self.name}: no answer from the hub for "
+                             f"{OUTAGE_SECONDS // 60} minutes ({one_line(error)}). Start the same "
+                             "command again to go on from here.")
+        tqdm.write(f"the hub does not answer ({one_line(error)}); trying again in "
+                   f"{RETRY_SECONDS} s, for {OUTAGE_SECONDS // 60} minutes in all")
+        time.sleep(RETRY_SECONDS)
 
     def sample(self, limit):
-        """About `limit` characters for the tokenizer: of files a share of each, by size; of others
-        the beginning."""
-        used, due, total = 0, 0, sum(f.stat().st_size for f in self.files)
-        if self.files:
-            sources = ((limit * f.stat().st_size / max(1, total), read_file(f))
-                       for f in self.files)
-        else:
-            sources = [(limit, self.documents(self.begin))]
-        with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_S) as bar:
-            for share, documents in sources:
+        """Pieces of about `limit` characters for the tokenizer: of local files a share of each, by
+        size; of others the beginning."""
+        used, due, total = 0, 0, sum(self.sizes)
+        shares = [(limit * size / max(1, total), read_file(file))
+                  for file, size in zip(self.files, self.sizes)] if self.sizes else [
+                      (limit, self.documents(self.START))]
+        known = limit if self.name in HUB or total > limit else None
+        with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
+                  total=known) as bar:
+            for share, documents in shares:
                 due += share
                 for text, _ in documents if used < due else ():
                     if text:
@@ -388,6 +438,15 @@ class Source:
                         used += len(text)
                         if used >= due:
                             break
+
+
+def printable(path):
+    """A name that is not UTF-8, in a form that can be written as UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def one_line(error):
+    return ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
 
 
 def pieces(text):
@@ -410,18 +469,17 @@ def pieces(text):
 
 def start_worker(tokenizer_json):
     """Runs once in each process. The watch ends it when the parent is gone, even if killed."""
-    global tokenizer, normalizer, ascii_normalizer
+    global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
-    normalizer, ascii_normalizer = tokenizer.normalizer, build_normalizer(ascii_only=True)
     tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
+    threading.Thread(target=watch_parent, daemon=True).start()
 
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def watch_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def tokenize(texts):
@@ -429,34 +487,31 @@ def tokenize(texts):
 
 
 def tokenize_document(text):
-    """What `pack` needs of a document: its token ids (uint16), characters, and a 64-bit hash of
-    the normalised text."""
-    digest, ids, characters = hashlib.blake2b(digest_size=8), [], 0
-    for piece in pieces(text):
-        normal = (ascii_normalizer if piece.isascii() else normalizer).normalize_str(piece)
-        if normal:
-            [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
-            ids.append(np.array(encoding.ids, np.uint16))
-            digest.update(normal.encode() + b" ")
-            characters += len(normal) + 1  # with the spaces between pieces
-    return (np.concatenate(ids) if ids else np.zeros(0, np.uint16), max(0, characters - 1),
-            int.from_bytes(digest.digest(), "little"))
+    """What `add_document` needs: token ids (uint16), the number of characters of the normalised
+    text and its 64-bit hash."""
+    digest, ids, characters = hashlib.blake2b(digest_size=8), [np.zeros(0, np.uint16)], 0
+    for normal in filter(None, map(normalize, pieces(text))):
+        [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
+        ids.append(np.array(encoding.ids, np.uint16))
+        digest.update(normal.encode() + b" ")
+        characters += len(normal) + 1  # with the spaces between pieces
+    return np.concatenate(ids), max(0, characters - 1), int.from_bytes(digest.digest(), "little")
 
 
-def chunks(source, position):
+def chunks(source, cursor):
     """Work for one call: some documents, the reasons of the invalid ones, the place behind them."""
     texts, reasons, size = [], [], 0
-    for text, reason in source.documents(position):
+    for text, reason in source.documents(cursor):
         if text is None:
             reasons.append(reason)
         else:
             texts.append(text)
             size += len(text)
         if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
-            yield texts, reasons, source.bookmark()
+            yield texts, reasons, dict(source.cursor)
             texts, reasons, size = [], [], 0
     if texts or reasons:
-        yield texts, reasons, source.bookmark()
+        yield texts, reasons, dict(source.cursor)
 
 
 def in_parallel(jobs, tokenizer_json):
@@ -480,8 +535,8 @@ def in_parallel(jobs, tokenizer_json):
 # ------------------------------------------------------------------------------- 5. Filter and pack
 
 
-def write_whole(path, content):
-    """Bytes, or anything for JSON; the file is there whole or not at all."""
+def write_atomic(path, content):
+    """Write bytes, or anything for JSON, to a temporary file, then rename it."""
     part = path.with_suffix(".part")
     with open(part, "wb") as f:
         f.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
@@ -491,7 +546,7 @@ def write_whole(path, content):
 
 
 def open_at(path, size):
-    """A file to append to, cut back to the size it had when the progress was written."""
+    """A file to append to, cut back to the size it had when the progress was saved."""
     f = open(path, "r+b" if path.exists() else "w+b")
     if f.seek(0, os.SEEK_END) < size:
         raise SystemExit(f"{path} is damaged: delete {path.parent} to start over")
@@ -500,28 +555,28 @@ def open_at(path, size):
     return f
 
 
-class Seen:
+class DuplicateTable:
     """Which 64-bit hashes came before, in bounded memory and exact as far as it goes.
 
-    Each hash has one slot and overwrites what is in it. So nothing is called a duplicate that is
-    none (but for one hash in 2**64), while a copy is missed if its slot was taken in between: with
-    n newer entries the chance is 1 - exp(-n / 2**25): 3 % after a million, 63 % after 34 million.
+    Each hash has one slot and overwrites what is in it. So a copy is missed if its slot was taken
+    in between: with n newer documents the chance is 1 - exp(-n / 2**25), 3 % after a million. And
+    nothing is called a duplicate that is none (but for one hash in 2**64).
     """
 
     def __init__(self, path, entries):
-        table = np.zeros(SEEN_SLOTS, np.uint64)
+        table = np.zeros(DUPLICATE_SLOTS, np.uint64)
         self.log = open_at(path, 8 * entries)
         self.log.seek(0)
         for start in range(0, entries, 2**20):  # the last of two entries in a slot stays
             hashes = np.fromfile(self.log, np.uint64, min(2**20, entries - start))
-            table[hashes % np.uint64(SEEN_SLOTS)] = hashes
+            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes
         self.log.seek(8 * entries)
         self.slots = memoryview(table)
         self.entries = entries
 
     def add(self, digest):
         """Whether it was there already; it is afterwards."""
-        slot = digest % SEEN_SLOTS
+        slot = digest % DUPLICATE_SLOTS
         if self.slots[slot] == digest:
             return True
         self.slots[slot] = digest
@@ -530,97 +585,123 @@ class Seen:
         return False
 
 
-class TooLittleText(Exception):
-    """What the source gives is not worth keeping anything of."""
+class UnusableSource(Exception):
+    """There is nothing worth keeping for another attempt."""
 
 
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
-          "dropped_duplicate", "train_tokens", "val_tokens",
-          "val_documents", "characters_written")
+          "dropped_duplicate", "train_tokens", "val_tokens", "val_documents", "characters_written")
 
 
-def pack(source, tokenizer_json, work, seq_len, target):
-    """Stream the source into work/train.tokens and work/val.tokens, each document ending in <sep>.
+class Packer:
+    """work/train.tokens and work/val.tokens, to which documents are appended.
 
-    Every few seconds the files are flushed, and work/progress.json says how far they are good: a
-    killed run cuts off what lies behind and makes it again. That gives the same bytes because a
-    position is always the end of a chunk, and whether to end is asked only there.
-
-    Returns what is in progress.json: the counts, and the reason of the first invalid document.
+    Every few seconds they are flushed, and work/progress.json says how far they are good: a killed
+    run cuts off what lies behind and makes it again.
     """
-    progress = {"position": source.begin, "counts": dict.fromkeys(COUNTS, 0), "seen": 0,
-                "first_invalid": None}
-    if (work / "progress.json").exists():
-        progress = json.loads((work / "progress.json").read_text())
-        print(f"going on after {progress['position']['documents']:,} documents")
-    counts = progress["counts"]
-    train = open_at(work / "train.tokens", 2 * counts["train_tokens"])
-    val = open_at(work / "val.tokens", 2 * counts["val_tokens"])
-    seen = Seen(work / "seen.hashes", progress["seen"])
 
-    def save():
-        for f in (train, val, seen.log):
+    def __init__(self, work, seq_len):
+        self.path, self.seq_len = work / "progress.json", seq_len
+        self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0,
+                         "first_invalid": None}
+        if self.path.exists():
+            self.progress = json.loads(self.path.read_text())
+            print(f"going on after {self.progress['cursor']['documents']:,} documents")
+        self.counts = self.progress["counts"]
+        self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
+        self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
+        self.duplicates = DuplicateTable(work / "document.hashes", self.progress["hashes"])
+        self.saved_at = time.monotonic()
+
+    def save(self):
+        for f in (self.train, self.val, self.duplicates.log):
             f.flush()
             os.fsync(f.fileno())
-        progress["seen"] = seen.entries
-        write_whole(work / "progress.json", progress)
+        self.progress["hashes"] = self.duplicates.entries
+        write_atomic(self.path, self.progress)
+        self.saved_at = time.monotonic()
 
-    def take(ids, characters, digest):
+    def close(self):
+        for f in (self.train, self.val, self.duplicates.log):
+            f.close()
+
+    def add_invalid(self, reason):
+        self.counts["invalid"] += 1
+        self.progress["first_invalid"] = self.progress["first_invalid"] or reason
+        if self.counts["invalid"] <= REASONS_SHOWN:
+            tqdm.write(f"skipped: {reason}")
+
+    def add_document(self, ids, characters, digest):
         """Write a document if it is wanted. Returns what became of it, a key of the counts."""
+        counts = self.counts
         if not characters:
             return "empty"
         if len(ids) >= MAX_DENSITY * characters:
             return "dropped_density"
-        if seen.add(digest):
+        if self.duplicates.add(digest):
             return "dropped_duplicate"
         ids = np.append(ids, np.uint16(SEP))
-        if counts["val_tokens"] < seq_len:  # the first tokens fill one row, so that there is one
-            n_val = seq_len - counts["val_tokens"]
+        if counts["val_tokens"] < self.seq_len:  # the first tokens fill one row, so there is one
+            n_val = self.seq_len - counts["val_tokens"]
         elif digest % VAL_EVERY:  # by what it says, not by its place: the same text, the same side
             n_val = 0
-        elif counts["val_tokens"] < VAL_MAX_ROWS * seq_len:
+        elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
             n_val = len(ids)
         else:
             return "documents_kept"  # val.bin is full, and training must not see it either
-        val.write(ids[:n_val].tobytes())
-        train.write(ids[n_val:].tobytes())
+        self.val.write(ids[:n_val].tobytes())
+        self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
         counts["train_tokens"] += len(ids[n_val:])
         counts["val_documents"] += n_val > 0
         counts["characters_written"] += characters + 1
         return "documents_kept"
 
+
+def pack(source, tokenizer_json, work, seq_len, target):
+    """Stream the source into the packer until there are `target` training tokens.
+
+    Interrupted or not, the bytes are the same: progress is saved and the target looked at only
+    between chunks, and the chunks are always the same.
+
+    Returns the counts and the reason of the first invalid document.
+    """
+    packer = Packer(work, seq_len)
+    counts = packer.counts
     enough = counts["train_tokens"] >= target
-    to_do = () if enough else chunks(source, progress["position"])
-    saved_at = time.monotonic()
+    todo = () if enough else chunks(source, packer.progress["cursor"])
     with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=target if source.name in HUB else None, mininterval=BAR_S) as bar:
-        for (_, reasons, position), documents in in_parallel(to_do, tokenizer_json):
+              total=target if source.name in HUB else None, mininterval=BAR_SECONDS) as bar:
+        for (_, reasons, cursor), documents in in_parallel(todo, tokenizer_json):
             counts["documents_read"] += len(documents) + len(reasons)
-            counts["invalid"] += len(reasons)
-            if reasons and not progress["first_invalid"]:
-                progress["first_invalid"] = reasons[0]
-                tqdm.write(f"skipping what cannot be read, first: {ascii(reasons[0])}")
+            for reason in reasons:
+                packer.add_invalid(reason)
             for document in documents:
-                counts[take(*document)] += 1
-            progress["position"] = position
+                counts[packer.add_document(*document)] += 1
+            packer.progress["cursor"] = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
                 break
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
-                saved_at = time.monotonic()
-    save()
-    for f in (train, val, seen.log):
-        f.close()
+            if time.monotonic() - packer.saved_at > SAVE_SECONDS:
+                packer.save()
+    packer.save()
+    packer.close()
+    return counts, packer.progress["first_invalid"]
+
+
+def check_enough(counts, first_invalid, seq_len):
+    dense = DENSITY_HINT * (counts["dropped_density"] > 0)
     if not counts["documents_kept"]:
-        why = progress["first_invalid"]
-        raise TooLittleText(
+        raise UnusableSource(
             f"no document that can be used, of {counts['documents_read']:,} read: "
             f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense" + (f". {why}" if why else "")
-            + DENSITY_HINT * (counts["dropped_density"] > 0))
-    return progress
+            f"{counts['dropped_density']:,} too dense"
+            + (f". {first_invalid}" if first_invalid else "") + dense)
+    if counts["train_tokens"] < seq_len:
+        raise UnusableSource(
+            f"too little text: {counts['train_tokens'] + counts['val_tokens']:,} tokens are left "
+            f"of {counts['documents_read']:,} documents, and one row of {seq_len} to train on and "
+            f"one to validate on take {2 * seq_len}" + dense)
 
 
 # ------------------------------------------------------------------------------- 6. Order
@@ -637,56 +718,56 @@ def row_blocks(path, n_rows, seq_len):
 def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     """Rows with the most "." first (paper v2: short sentences first); ties in random order.
 
-    Two passes, memory of one pile. The rows with d dots are dealt to n_piles[d] piles that fit into
-    memory, each with its place in the output file: the i-th row goes to pile i mod n_piles[d], at
-    place i // n_piles[d] in it. Then every pile is shuffled where it lies. Otherwise rows with the
-    same key would stay in the order of the source, and training would see one file after another.
+    Memory is that of one bucket. Each key (a number of dots) has a region of the output file,
+    divided into n_buckets[key] buckets. The rows of a key are dealt to its buckets in turn, so the
+    row of rank r goes to bucket r mod n, where it is number r // n. Then each bucket is shuffled
+    where it lies. Otherwise rows with the same key would stay in the order of the source, and
+    training would see one file after another.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    def key(rows):  # for another order change this: 0 to seq_len, the largest come first
+    def key_of(rows):  # for another order change this: 0 to seq_len, the largest come first
         return (rows == dot).sum(1)
 
-    n_rows = os.path.getsize(tokens_path) // (2 * seq_len)
-    per_dots, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
+    n_rows, row_bytes = os.path.getsize(tokens_path) // (2 * seq_len), 2 * seq_len
+    per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows in row_blocks(tokens_path, n_rows, seq_len):
-        per_dots += np.bincount(key(rows), minlength=seq_len + 1)
+        per_key += np.bincount(key_of(rows), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
 
-    first_pile = np.zeros(seq_len + 1, np.int64)  # of each count, the largest count first
-    n_piles = -(-per_dots * seq_len // PILE_TOKENS)
-    sizes = []
-    for dots in reversed(range(seq_len + 1)):
-        first_pile[dots] = len(sizes)
-        sizes += [(per_dots[dots] - k - 1) // n_piles[dots] + 1 for k in range(n_piles[dots])]
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    first_bucket, sizes = {}, []
+    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
+    for key in reversed(range(seq_len + 1)):
+        first_bucket[key] = len(sizes)
+        sizes += [len(range(k, per_key[key], n_buckets[key])) for k in range(n_buckets[key])]
+    starts = [0, *itertools.accumulate(sizes)]
 
     out_path.unlink(missing_ok=True)  # of a run killed just before its end: no third copy
     part = out_path.with_suffix(".part")
-    digest = hashlib.sha256()
-    dealt = np.zeros(seq_len + 1, np.int64)
+    digest, rows_placed = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
     with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
-                                      total=2 * n_rows, mininterval=BAR_S) as bar:
+                                      total=2 * n_rows, mininterval=BAR_SECONDS) as bar:
         for rows in row_blocks(tokens_path, n_rows, seq_len):
-            dots = key(rows)
-            for d in np.unique(dots):
-                mine = rows[dots == d]
-                for k in range(n_piles[d]):
-                    first = (k - dealt[d]) % n_piles[d]
-                    if first < len(mine):
-                        place = starts[first_pile[d] + k] + (dealt[d] + first) // n_piles[d]
-                        f.seek(int(place) * 2 * seq_len)
-                        f.write(mine[first :: n_piles[d]].tobytes())
-                dealt[d] += len(mine)
+            keys = key_of(rows)
+            for key in np.unique(keys):
+                n, group = n_buckets[key], rows[keys == key]
+                rank = rows_placed[key] + np.arange(len(group))
+                for k in range(n):
+                    mine = np.flatnonzero(rank % n == k)  # neighbours in the bucket
+                    if len(mine):
+                        place = starts[first_bucket[key] + k] + int(rank[mine[0]] // n)
+                        f.seek(place * row_bytes)
+                        f.write(group[mine].tobytes())
+                rows_placed[key] += len(group)
             bar.update(len(rows))
-        for pile, size in enumerate(sizes):
-            f.seek(int(starts[pile]) * 2 * seq_len)
-            rows = np.fromfile(f, np.uint16, int(size) * seq_len).reshape(-1, seq_len)
-            shuffled = rows[np.random.default_rng(pile).permutation(len(rows))].tobytes()
-            f.seek(int(starts[pile]) * 2 * seq_len)
+        for bucket, size in enumerate(sizes):
+            f.seek(starts[bucket] * row_bytes)
+            rows = np.fromfile(f, np.uint16, size * seq_len).reshape(-1, seq_len)
+            shuffled = rows[np.random.default_rng(bucket).permutation(size)].tobytes()
+            f.seek(starts[bucket] * row_bytes)
             f.write(shuffled)
             digest.update(shuffled)
-            bar.update(len(rows))
+            bar.update(size)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, out_path)
@@ -698,12 +779,52 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 # ------------------------------------------------------------------------------- 7. All together
 
 
+class Screen:
+    """A stream that may go away (a closed terminal, `| head`) without stopping the run, and that
+    shows characters which the terminal cannot as escapes."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError):
+            pass
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+
+def lock_folder(work):
+    """Refuse while another prepare.py writes here. The lock ends with the process, however it
+    ends."""
+    f = open(work / "arguments.lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise SystemExit(f"another prepare.py is writing to {work.parent}: wait for it, or give "
+                         "another --out") from None
+    except OSError as error:  # a file system without locks
+        print(f"cannot lock {work.parent} ({error}): start no second prepare.py on it")
+    return f
+
+
 def check_space(out, source, target):
     """The packed tokens and their ordered copy must fit: 2 bytes a token each, a little more."""
     tokens = target
-    if source.files:  # 3 characters a token, to be safe; text compressed at most 6 times
-        tokens = min(target, sum(f.stat().st_size * (1 if f.suffix in (".txt", ".jsonl", ".json")
-                                                     else 6) for f in source.files) / 3)
+    if source.sizes:  # 3 characters a token, to be safe; text compressed at most 6 times
+        packed = [size * (1 if file.endswith(PLAIN) else 6)
+                  for file, size in zip(source.files, source.sizes)]
+        tokens = min(target, sum(packed) / 3)
     elif source.name in BUILT_IN:
         tokens = min(target, 10**7)
     files = (out / "train.bin", out / "train.part", *out.glob("work/*"))  # of a run to go on with
@@ -713,6 +834,62 @@ def check_space(out, source, target):
     if need > free:
         raise SystemExit(f"{out} has {free:.1f} GB free, and {need:.1f} GB may be needed: make "
                          "room, choose another --out, or a smaller --tokens")
+
+
+def token_count(text):
+    """200M, 1.5G and 1e9 are understood."""
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
+    try:
+        return int(float(text if scale == 1 else text[:-1]) * scale)
+    except OverflowError:  # "inf"
+        raise ValueError from None
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="c4", help=(
+        "c4, wikipedia, fineweb-edu (from the hub), python-docs (no network), or a path, folder or "
+        f"glob of {KINDS} files, also .gz, .xz, text in the column "
+        '"text" (default: %(default)s)'))
+    parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
+        "stop after about so many training tokens, such as 200M or 1.5G (default: %(default)s, "
+        "what the paper's A6000 reads in 24 h; 18 GB on disk)"))
+    parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32_768,
+                        help="WordPiece entries (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=128,
+                        help="tokens in a row (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.source.strip():
+        parser.error("--source is empty")
+    if not 256 <= args.vocab_size <= 65_536:
+        parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
+    if not 8 <= args.seq_len <= 8192:
+        parser.error("--seq-len must be from 8 to 8192")
+    if args.tokens < args.seq_len:
+        parser.error("--tokens must be at least one row")
+    return args
+
+
+def read_earlier(out, work, arguments):
+    """What an earlier run recorded here, after a check that it had the same arguments."""
+    start_over = f"delete {out / 'meta.json'} and {work} to start over"
+    earlier = {}
+    for path in (work / "arguments.json", out / "meta.json"):
+        if path.exists():
+            try:
+                earlier = json.loads(path.read_text())
+                differs = [key for key in arguments
+                           if earlier["arguments"].get(key) != arguments[key]]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise SystemExit(f"{path} is damaged: {start_over}") from None
+            if differs:
+                raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
+                                 f"another --out, or {start_over}")
+    if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
+        raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
+    return earlier
 
 
 def report(meta):
@@ -728,104 +905,33 @@ def report(meta):
           + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
 
-def token_count(text):
-    """200M, 1.5G and 1e9 are understood."""
-    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
-    try:
-        return int(float(text if scale == 1 else text[:-1]) * scale)
-    except OverflowError:  # "inf"
-        raise ValueError from None
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="c4", help=(
-        "c4, wikipedia, fineweb-edu (from the hub), python-docs (no network), or a path, folder or "
-        "glob of .txt, .jsonl, .json, .parquet files, also .gz, .xz, text in the column "
-        '"text" (default: %(default)s)'))
-    parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
-        "stop after about so many training tokens (default: %(default)s, what the paper's A6000 "
-        "reads in 24 h; 18 GB on disk)"))
-    parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_768,
-                        help="WordPiece entries (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=128,
-                        help="tokens in a row (default: %(default)s)")
-    args = parser.parse_args()
-    if not 256 <= args.vocab_size <= 65_536:
-        parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
-    if not 8 <= args.seq_len <= 8192:
-        parser.error("--seq-len must be from 8 to 8192")
-    if args.tokens < args.seq_len:
-        parser.error("--tokens must be at least one row")
-
-    out, work = Path(args.out), Path(args.out) / "work"
-    source = Source(args.source, out)
-    arguments = {"source": args.source, "tokens": args.tokens, "vocab_size": args.vocab_size,
-                 "seq_len": args.seq_len,
-                 "files": [[str(f), f.stat().st_size] for f in source.files]}
-    start_over = f"delete {out / 'meta.json'} and {work} to start over"
-    for earlier in (out / "meta.json", work / "arguments.json"):
-        if earlier.exists():
-            try:
-                found = json.loads(earlier.read_text())
-                found = found.get("arguments", found)
-            except (ValueError, AttributeError):
-                raise SystemExit(f"{earlier} is damaged: {start_over}") from None
-            differs = [key for key in arguments if found.get(key) != arguments[key]]
-            if differs:
-                raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
-                                 f"another --out, or {start_over}")
-    if (out / "meta.json").exists():
-        if (work / "arguments.json").exists():  # a run was killed just before it did this
-            shutil.rmtree(work, ignore_errors=True)
-        print(f"{out} is complete already (after a change to prepare.py give another --out)")
-        return
-    if args.source == "fineweb-edu":
-        print("note: fineweb-edu was filtered by a classifier trained on a language model's "
-              "judgements, which is outside the rules of cramming")
-
-    if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
-        raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
-    work.mkdir(parents=True, exist_ok=True)
+def prepare(source, args, out, work, record):
+    """From the source to the four files; each step that an earlier run has finished is skipped."""
     check_space(out, source, args.tokens)
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
-        write_whole(work / "arguments.json", arguments)
-        write_whole(tokenizer_path, tokenizer.to_str().encode())
+        write_atomic(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    vocab_size = tokenizer.get_vocab_size()
 
-    try:
-        progress = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
-        counts = progress["counts"]
-        if counts["train_tokens"] < args.tokens:
-            print(f"the source ended after {counts['train_tokens']:,} training tokens")
-        if counts["train_tokens"] < args.seq_len:
-            raise TooLittleText(
-                f"too little text: {counts['train_tokens'] + counts['val_tokens']:,} tokens are "
-                f"left of {counts['documents_read']:,} documents, not enough for a row of "
-                f"{args.seq_len} to train on and another to validate on")
-    except TooLittleText as error:
-        shutil.rmtree(work)
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise SystemExit(f"--source {args.source}: {error}") from None
+    counts, first_invalid = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
+    if counts["train_tokens"] < args.tokens:
+        print(f"the source ended after {counts['train_tokens']:,} training tokens")
+    check_enough(counts, first_invalid, args.seq_len)
 
-    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
-                                         tokenizer.token_to_id("."), vocab_size)
+    n_rows, sha256, entropy = order_rows(
+        work / "train.tokens", out / "train.bin", args.seq_len, tokenizer.token_to_id("."),
+        tokenizer.get_vocab_size())
     val = np.fromfile(work / "val.tokens", np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
-    write_whole(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
-    write_whole(out / "tokenizer.json", tokenizer_json.encode())
+    write_atomic(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
+    write_atomic(out / "tokenizer.json", tokenizer_json.encode())
 
-    meta = {
-        "source": args.source,
+    return {
+        "source": record["arguments"]["source"],
         "seq_len": args.seq_len,
-        "vocab_size": vocab_size,
+        "vocab_size": tokenizer.get_vocab_size(),
         "train_rows": n_rows,
         "val_rows": val_rows,
         **counts,
@@ -837,11 +943,44 @@ def main():
         "max_density": MAX_DENSITY,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "train_sha256": sha256,
-        "first_invalid": progress["first_invalid"],
-        "arguments": arguments,
+        "first_invalid": first_invalid,
+        **record,
     }
-    write_whole(out / "meta.json", meta)
+
+
+def main():
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    args = parse_arguments()
+    out, work = Path(args.out), Path(args.out) / "work"
+    source = Source(args.source, out)
+    arguments = {"source": printable(args.source), "tokens": args.tokens,
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len,
+                 "files": [[printable(f), size] for f, size in zip(source.files, source.sizes)]}
+    earlier = read_earlier(out, work, arguments)
+    if (out / "meta.json").exists():
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
+        print(f"{out} is complete already (after a change to prepare.py give another --out)")
+        return
+    if args.source == "fineweb-edu":
+        print("note: fineweb-edu was filtered by a classifier trained on a language model's "
+              "judgements, which is outside the rules of cramming")
+
+    work.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(work)
+    try:
+        if args.source in HUB:
+            source.connect(earlier.get("revision"))
+        record = {"revision": source.revision, "arguments": arguments}
+        write_atomic(work / "arguments.json", record)
+        meta = prepare(source, args, out, work, record)
+    except UnusableSource as error:
+        shutil.rmtree(work)
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise SystemExit(f"--source {args.source}: {error}") from None
+    write_atomic(out / "meta.json", meta)
     shutil.rmtree(work)
+    lock.close()
     report(meta)
 
 
