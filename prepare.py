@@ -15,6 +15,7 @@ that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), section 4.4, and its
 
 import argparse
 import ast
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -69,7 +70,7 @@ MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
 PIECE = 100_000  # characters: at most this much is tokenized at once; a document of a .txt file
 BUCKET_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
-SAVE_SECONDS = 5  # a killed run loses at most about this much work
+SAVE_SECONDS = 5  # a killed run loses about this much work
 BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
 OUTAGE_SECONDS = 1800  # of the network, then the run stops
 RETRY_SECONDS = 60  # between attempts
@@ -215,8 +216,8 @@ def read_json(stream, path):
         return
     content = stream.read(MAX_LIST + 1)
     if len(content) > MAX_LIST:
-        raise SystemExit(f"{path}: a JSON list of over {MAX_LIST:,} bytes. Make it one row a line "
-                         f"(jq -c '.[]' FILE > FILE.jsonl), which is read at any size")
+        raise SystemExit(f"{path}: a JSON list of over {MAX_LIST:,} bytes. Make it one row a line: "
+                         "jq -c '.[]' FILE > FILE.jsonl")
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -242,9 +243,8 @@ def read_txt(stream, path):
 def read_parquet(stream, path):
     import datasets  # only here and for the hub: it takes seconds
 
-    # Each file alone and one column: the others may differ from file to file. batch_size: without
-    # it a file that has no rows would be an error.
-    stream.close()
+    # One file and one column at a time: other columns may differ from file to file. Without
+    # batch_size a file that has no rows would be an error.
     rows = datasets.load_dataset("parquet", data_files=glob.escape(path), columns=["text"],
                                  batch_size=1000, split="train", streaming=True)
     for number, row in enumerate(rows, 1):
@@ -252,35 +252,13 @@ def read_parquet(stream, path):
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-KINDS, PLAIN = ", ".join(READERS), (".txt", ".jsonl", ".json")
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
+KINDS = ", ".join(READERS)
 
 
 def kind(path):
-    """".jsonl" of a.JSONL.gz; the whole ending of what cannot be read."""
-    name, packed = os.path.splitext(path.lower())
-    inner = os.path.splitext(name)[1] if packed in UNPACK else packed
-    return packed if inner == packed or inner not in READERS or inner == ".parquet" else inner
-
-
-def is_damage(error):
-    """Whether the file is bad, rather than the disk or the network. (pyarrow raises OSError for
-    what it cannot decode, without an error number.)"""
-    return isinstance(error, (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError)) \
-        or (type(error) is OSError and error.errno is None)
-
-
-def read_file(path):
-    """Documents of one file, local or hf://. A damaged one (a cut download) keeps what comes
-    before the damage."""
-    unpack = UNPACK.get(os.path.splitext(path.lower())[1])
-    try:
-        with open_file(path) as raw:
-            yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        yield None, f"{path}: the file is damaged or cut off ({one_line(error)})"
+    """".jsonl" of a.JSONL.gz"""
+    return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
 def open_file(path):
@@ -289,6 +267,26 @@ def open_file(path):
     from datasets.utils.file_utils import xopen  # of the hub
 
     return xopen(path, "rb")
+
+
+def is_damage(error):
+    """Whether the file is bad, rather than the disk or the network."""
+    if type(error) is OSError:
+        return error.errno is None  # pyarrow's, of what it cannot decode
+    return isinstance(error, (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error))
+
+
+def read_file(path):
+    """Documents of one file, local or hf://. Of a damaged one (a cut download) those before the
+    damage."""
+    unpack = UNPACK.get(os.path.splitext(path.lower())[1])
+    try:
+        with open_file(path) as raw:
+            yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        yield None, f"{path}: the file is damaged or cut off ({one_line(error)})"
 
 
 def python_docs(_):
@@ -319,28 +317,28 @@ BUILT_IN = {"python-docs": python_docs}
 
 def local_files(pattern, out):
     """The readable files that a path, folder or glob names, sorted. Says what is not read."""
-    path = Path(pattern)
-    if path.is_dir():
-        found = [f for f in path.rglob("*") if f.is_file() or f.is_symlink()]
-    else:
-        found = [path] if path.is_file() else [*map(Path, glob.glob(pattern, recursive=True))]
-    ours = (out.resolve() / "meta.json", out.resolve() / "tokenizer.json")
-    found = [f for f in found if f.resolve() not in ours
-             and f.resolve().parent != out.resolve() / "work"]
-    files = sorted(f for f in found if f.is_file() and kind(str(f)) in READERS)
-    read = Counter(kind(str(f)) for f in files)
-    others = Counter("linked folders" if f.is_symlink() and f.is_dir() else
-                     kind(str(f)) or "without ending" for f in {*found} - {*files})
-    listed = [", ".join(f"{n:,} {what}" for what, n in sorted(each.items()))
-              for each in (read, others)]
+    path, out = Path(pattern), out.resolve()
+    found = path.rglob("*") if path.is_dir() else (
+        [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
+    ours = (out / "meta.json", out / "tokenizer.json")
+    files, read, others = [], Counter(), Counter()
+    for f in sorted(found):
+        if f.resolve() in ours or out / "work" in f.resolve().parents:
+            continue
+        if f.is_file() and kind(str(f)) in READERS:
+            files.append(str(f))
+            read[kind(str(f))] += 1
+        elif f.is_file() or f.is_symlink():
+            others["linked folders" if f.is_dir() else kind(str(f)) or "without ending"] += 1
+    skipped = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()))
     if not files:
-        names = ", ".join([*HUB, *BUILT_IN])
-        raise SystemExit(f"--source {pattern}: nothing to read there"
-                         + f" (only {listed[1]})" * bool(others)
-                         + f". Give one of {names}, or a path, folder or glob of {KINDS} files, "
-                         "all but .parquet also .gz or .xz")
-    print(f"files: {listed[0]}" + f"; not read: {listed[1]}" * bool(others))
-    return [str(f) for f in files]
+        raise SystemExit(
+            f"--source {pattern}: nothing to read there" + f" (only {skipped})" * bool(others)
+            + f". Give one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} "
+            "files; all but .parquet may end in .gz or .xz")
+    print("files: " + ", ".join(f"{n:,} {what}" for what, n in sorted(read.items()))
+          + f"; not read: {skipped}" * bool(others))
+    return files
 
 
 class Source:
@@ -353,22 +351,22 @@ class Source:
     START = {"documents": 0, "file": 0, "row": 0}
 
     def __init__(self, name, out):
-        self.name, self.revision = name, None
-        if name in HUB:
-            self.files = []  # see connect
-        else:
-            self.files = [name] if name in BUILT_IN else local_files(name, out)
-        self.sizes = [] if name in HUB or name in BUILT_IN else [*map(os.path.getsize, self.files)]
-        self.outage_began = None
+        self.name, self.revision, self.outage_began = name, None, None
+        self.files, self.sizes = [], []  # those of the hub: see connect
+        if name in BUILT_IN:
+            self.files = [name]
+        elif name not in HUB:
+            self.files = local_files(name, out)
+            self.sizes = [*map(os.path.getsize, self.files)]
 
     def connect(self, revision):
         """List the files of a repository on the hub: at the revision that was read before, if
         there is one, so that a change of the repository does not shift the place."""
         import datasets
 
-        for library in ("datasets", "huggingface_hub"):  # each retries, and says so, many times
-            logging.getLogger(library).setLevel(logging.CRITICAL)
         datasets.disable_progress_bars()
+        for library in ("datasets", "huggingface_hub"):  # each tries again many times and says so
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
         repository, configuration = HUB[self.name]
         while not self.files:
@@ -424,7 +422,7 @@ class Source:
         size; of others the beginning."""
         used, due, total = 0, 0, sum(self.sizes)
         shares = [(limit * size / max(1, total), read_file(file))
-                  for file, size in zip(self.files, self.sizes)] if self.sizes else [
+                  for file, size in zip(self.files, self.sizes, strict=True)] if self.sizes else [
                       (limit, self.documents(self.START))]
         known = limit if self.name in HUB or total > limit else None
         with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
@@ -446,7 +444,7 @@ def printable(path):
 
 
 def one_line(error):
-    return ascii(f"{type(error).__name__}: {error}"[:200])[1:-1]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def pieces(text):
@@ -590,7 +588,7 @@ class UnusableSource(Exception):
 
 
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
-          "dropped_duplicate", "train_tokens", "val_tokens", "val_documents", "characters_written")
+          "dropped_duplicate", "train_tokens", "val_tokens", "characters_written")
 
 
 class Packer:
@@ -602,8 +600,7 @@ class Packer:
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len = work / "progress.json", seq_len
-        self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0,
-                         "first_invalid": None}
+        self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0}
         if self.path.exists():
             self.progress = json.loads(self.path.read_text())
             print(f"going on after {self.progress['cursor']['documents']:,} documents")
@@ -627,7 +624,6 @@ class Packer:
 
     def add_invalid(self, reason):
         self.counts["invalid"] += 1
-        self.progress["first_invalid"] = self.progress["first_invalid"] or reason
         if self.counts["invalid"] <= REASONS_SHOWN:
             tqdm.write(f"skipped: {reason}")
 
@@ -653,7 +649,6 @@ class Packer:
         self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
         counts["train_tokens"] += len(ids[n_val:])
-        counts["val_documents"] += n_val > 0
         counts["characters_written"] += characters + 1
         return "documents_kept"
 
@@ -662,9 +657,7 @@ def pack(source, tokenizer_json, work, seq_len, target):
     """Stream the source into the packer until there are `target` training tokens.
 
     Interrupted or not, the bytes are the same: progress is saved and the target looked at only
-    between chunks, and the chunks are always the same.
-
-    Returns the counts and the reason of the first invalid document.
+    between chunks, and the chunks are always the same. Returns the counts.
     """
     packer = Packer(work, seq_len)
     counts = packer.counts
@@ -686,22 +679,17 @@ def pack(source, tokenizer_json, work, seq_len, target):
                 packer.save()
     packer.save()
     packer.close()
-    return counts, packer.progress["first_invalid"]
+    return counts
 
 
-def check_enough(counts, first_invalid, seq_len):
-    dense = DENSITY_HINT * (counts["dropped_density"] > 0)
-    if not counts["documents_kept"]:
-        raise UnusableSource(
-            f"no document that can be used, of {counts['documents_read']:,} read: "
-            f"{counts['empty']:,} empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense"
-            + (f". {first_invalid}" if first_invalid else "") + dense)
+def check_enough(counts, seq_len):
     if counts["train_tokens"] < seq_len:
+        tokens = counts["train_tokens"] + counts["val_tokens"]
         raise UnusableSource(
-            f"too little text: {counts['train_tokens'] + counts['val_tokens']:,} tokens are left "
-            f"of {counts['documents_read']:,} documents, and one row of {seq_len} to train on and "
-            f"one to validate on take {2 * seq_len}" + dense)
+            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
+            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
+            f"{counts['dropped_density']:,} too dense). It takes two rows of {seq_len}, to train "
+            "on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
 
 
 # ------------------------------------------------------------------------------- 6. Order
@@ -715,24 +703,25 @@ def row_blocks(path, n_rows, seq_len):
             yield np.fromfile(f, np.uint16, count * seq_len).reshape(count, seq_len)
 
 
+def row_key(rows, dot):
+    """For another order change this: from 0 to seq_len, the largest come first."""
+    return (rows == dot).sum(1)
+
+
 def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     """Rows with the most "." first (paper v2: short sentences first); ties in random order.
 
-    Memory is that of one bucket. Each key (a number of dots) has a region of the output file,
-    divided into n_buckets[key] buckets. The rows of a key are dealt to its buckets in turn, so the
-    row of rank r goes to bucket r mod n, where it is number r // n. Then each bucket is shuffled
-    where it lies. Otherwise rows with the same key would stay in the order of the source, and
-    training would see one file after another.
+    Rows with the same key would otherwise stay in the order of the source, and training would see
+    one file after another. To shuffle in little memory, the rows of a key are dealt in turn to
+    n buckets, adjacent parts of the output: the row of rank r is number r // n of bucket r mod n.
+    Then each bucket is shuffled where it lies.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    def key_of(rows):  # for another order change this: 0 to seq_len, the largest come first
-        return (rows == dot).sum(1)
-
     n_rows, row_bytes = os.path.getsize(tokens_path) // (2 * seq_len), 2 * seq_len
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows in row_blocks(tokens_path, n_rows, seq_len):
-        per_key += np.bincount(key_of(rows), minlength=seq_len + 1)
+        per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
 
     first_bucket, sizes = {}, []
@@ -748,7 +737,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
     with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
                                       total=2 * n_rows, mininterval=BAR_SECONDS) as bar:
         for rows in row_blocks(tokens_path, n_rows, seq_len):
-            keys = key_of(rows)
+            keys = row_key(rows, dot)
             for key in np.unique(keys):
                 n, group = n_buckets[key], rows[keys == key]
                 rank = rows_placed[key] + np.arange(len(group))
@@ -780,27 +769,22 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
 
 class Screen:
-    """A stream that may go away (a closed terminal, `| head`) without stopping the run, and that
-    shows characters which the terminal cannot as escapes."""
+    """Output that may go away (a closed terminal, `| head`) without stopping the run, and that
+    shows as escapes what the terminal cannot show."""
 
     def __init__(self, stream):
         self.stream = stream
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", write_through=True)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
-        except (OSError, ValueError):
-            pass
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            pass
+        pass  # everything is written at once
 
 
 def lock_folder(work):
@@ -820,20 +804,17 @@ def lock_folder(work):
 
 def check_space(out, source, target):
     """The packed tokens and their ordered copy must fit: 2 bytes a token each, a little more."""
-    tokens = target
     if source.sizes:  # 3 characters a token, to be safe; text compressed at most 6 times
-        packed = [size * (1 if file.endswith(PLAIN) else 6)
-                  for file, size in zip(source.files, source.sizes)]
-        tokens = min(target, sum(packed) / 3)
+        target = min(target, sum(
+            size * (1 if file.lower().endswith((".txt", ".jsonl", ".json")) else 6)
+            for file, size in zip(source.files, source.sizes, strict=True)) / 3)
     elif source.name in BUILT_IN:
-        tokens = min(target, 10**7)
-    files = (out / "train.bin", out / "train.part", *out.glob("work/*"))  # of a run to go on with
-    held = sum(f.stat().st_size for f in files if f.is_file())
-    need, free = 4.4 * tokens / 1e9, (shutil.disk_usage(out).free + held) / 1e9
+        target = min(target, 10**7)
+    need, free = 4.4 * target / 1e9, shutil.disk_usage(out).free / 1e9
     print(f"disk: needs up to {need:.1f} GB while ordering, half of it afterwards; {free:.1f} free")
     if need > free:
-        raise SystemExit(f"{out} has {free:.1f} GB free, and {need:.1f} GB may be needed: make "
-                         "room, choose another --out, or a smaller --tokens")
+        raise UnusableSource(f"{out} has {free:.1f} GB free, and {need:.1f} GB may be needed: make "
+                             "room, choose another --out, or a smaller --tokens")
 
 
 def token_count(text):
@@ -907,18 +888,18 @@ def report(meta):
 
 def prepare(source, args, out, work, record):
     """From the source to the four files; each step that an earlier run has finished is skipped."""
-    check_space(out, source, args.tokens)
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
+        check_space(out, source, args.tokens)
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
         write_atomic(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
 
-    counts, first_invalid = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
+    counts = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
-    check_enough(counts, first_invalid, args.seq_len)
+    check_enough(counts, args.seq_len)
 
     n_rows, sha256, entropy = order_rows(
         work / "train.tokens", out / "train.bin", args.seq_len, tokenizer.token_to_id("."),
@@ -943,7 +924,6 @@ def prepare(source, args, out, work, record):
         "max_density": MAX_DENSITY,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "train_sha256": sha256,
-        "first_invalid": first_invalid,
         **record,
     }
 
@@ -955,7 +935,8 @@ def main():
     source = Source(args.source, out)
     arguments = {"source": printable(args.source), "tokens": args.tokens,
                  "vocab_size": args.vocab_size, "seq_len": args.seq_len,
-                 "files": [[printable(f), size] for f, size in zip(source.files, source.sizes)]}
+                 "files": [[printable(f), size] for f, size in zip(
+                     source.files, source.sizes, strict=False)]}  # no sizes, no files
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this

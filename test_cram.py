@@ -8,6 +8,7 @@ import argparse
 import copy
 import gzip
 import hashlib
+import http.server
 import itertools
 import json
 import lzma
@@ -20,9 +21,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import unicodedata
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -217,7 +220,7 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
     texts = [sentences(i, 3 + i % 40).replace(". ", ".\n" if i % 2 else ". ") for i in range(300)]
     source = write_jsonl(tmp_path / "t.jsonl", texts)
     script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 1000,
-           "--seq-len", 32, before="it.PILE_TOKENS = 3200; it.READ_TOKENS = 2240")
+           "--seq-len", 32, before="it.BUCKET_TOKENS = 3200; it.READ_TOKENS = 2240")
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
     train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
@@ -311,24 +314,28 @@ def test_tokenizer_sees_a_share_of_every_file(tmp_path, monkeypatch):
     assert 1500 < seen.count("a") < 2500 and 1500 < seen.count("b") < 2500
 
 
-def test_text_beside_other_data_is_read_and_what_prepare_wrote_is_not(tmp_path):
-    out = tmp_path / "data"
-    (out / "texts").mkdir(parents=True)
-    (out / "work").mkdir()
-    for path in ("b.txt", "meta.json", "texts/a.txt", "tokenizer.json", "work/progress.json"):
-        (out / path).write_text("text")
-    assert prepare.local_files(str(out), out) == [out / "b.txt", out / "texts/a.txt"]
-
-
 def test_duplicates_are_forgotten_only_when_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SEEN_SLOTS", 8)
-    seen = prepare.Seen(tmp_path / "h", 0)
-    assert not seen.add(3) and seen.add(3)
-    assert not seen.add(11) and not seen.add(3)  # same slot
-    assert not seen.add(4)
-    seen.log.flush()
-    again = prepare.Seen(tmp_path / "h", 2)  # only 3 and 11 are on record
+    monkeypatch.setattr(prepare, "DUPLICATE_SLOTS", 8)
+    table = prepare.DuplicateTable(tmp_path / "h", 0)
+    assert not table.add(3) and table.add(3)
+    assert not table.add(11) and not table.add(3)  # same slot
+    assert not table.add(4)
+    table.log.flush()
+    again = prepare.DuplicateTable(tmp_path / "h", 2)  # only 3 and 11 are on record
     assert again.add(11) and not again.add(4)
+
+
+def test_a_folder_is_read_and_what_is_not_read_is_said(tmp_path, capsys):
+    """Data beside text, text in --out itself, a file name that is not UTF-8, a linked folder."""
+    out = tmp_path / "data"
+    for path in ("b.txt", "meta.json", "texts/A.JSONL", "texts/c.csv", "tokenizer.json", "d.txt.zst",
+                 "work/progress.json", "work/deep/x.txt"):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text("text")
+    (out / "linked").symlink_to(tmp_path, target_is_directory=True)
+    assert prepare.local_files(str(out), out) == [str(out / "b.txt"), str(out / "texts/A.JSONL")]
+    printed = capsys.readouterr().out
+    assert "1 .jsonl, 1 .txt; not read: 1 .csv, 1 .zst, 1 linked folders" in printed
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -340,79 +347,144 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     with lzma.open(tmp_path / "a.jsonl.xz", "wt") as f:
         f.write((tmp_path / "a.jsonl").read_text())
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(
-        (tmp_path / "a.jsonl").read_bytes()))
-    (tmp_path / "parquet").mkdir()  # a name like a pattern, and a part without rows
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet/a[1].parquet")
-    datasets.Dataset.from_list(rows).select([]).to_parquet(tmp_path / "parquet/b.parquet")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     (tmp_path / "txt").mkdir()
     for i, text in enumerate(texts):
         (tmp_path / f"txt/{i:03}.txt").write_text(text)
+    folder = tmp_path / "parquet"  # other columns differ, some files have no rows or are no good
+    folder.mkdir()
+    for name, some, extra in (("a[1]", rows[:20], 1), ("b", rows[:0], 1), ("c", rows[20:30], "x"),
+                              ("d", rows[30:], None)):
+        datasets.Dataset.from_list([{"id": extra, **row} for row in some] or [{"text": "", "id": 1}]
+                                   ).select(range(len(some))).to_parquet(folder / f"{name}.parquet")
+    datasets.Dataset.from_list([{"body": "x"}]).to_parquet(folder / "e.parquet")
+    (folder / "f.parquet").write_bytes((folder / "d.parquet").read_bytes()[:300])
+    (folder / "mixed.jsonl").write_text("")
+
     hashes = set()
     for source in ("a.jsonl", "a.jsonl.xz", "a.json", "b.json.gz", "parquet", "txt"):
         out = tmp_path / ("out-" + source)
-        script("prepare.py", "--source", tmp_path / source, "--out", out, "--vocab-size", 700,
-               "--seq-len", 32)
+        printed = script("prepare.py", "--source", tmp_path / source, "--out", out,
+                         "--vocab-size", 700, "--seq-len", 32)
         hashes.add(json.loads((out / "meta.json").read_text())["train_sha256"])
         assert not (out / "work").exists()
+        assert source != "parquet" or ("e.parquet" in printed and "f.parquet" in printed)
     assert len(hashes) == 1
 
 
 def test_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "PIECE", 1000)
-    text = "\n".join(sentences(i, 3) for i in range(200))
-    (tmp_path / "t.txt").write_text(text)
-    parts = [part for part, _ in prepare.read_file(tmp_path / "t.txt")]
+    text = "\n".join(sentences(i, 3) + " ’" for i in range(200))
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    parts = [part for part, _ in prepare.read_file(str(tmp_path / "t.txt"))]
     assert "".join(parts) == text and len(parts) > 10
     assert all(part.endswith("\n") for part in parts[:-1])
-    line = tmp_path / "one line.txt"
-    line.write_text("word’" * 400, encoding="utf-8")  # cut inside a letter, which alone is lost
-    parts = [*prepare.read_file(line)]
-    assert len(parts) == 2 and "".join(part for part, _ in parts).count("word") == 400
+    (tmp_path / "line.txt").write_bytes("word’".encode() * 400 + b"caf\xe9 \xff" + b"word" * 9)
+    *parts, (none, reason) = prepare.read_file(str(tmp_path / "line.txt"))
+    assert "".join(part for part, _ in parts) == "word’" * 400 + "caf\ufffd \ufffd" + "word" * 9
+    assert none is None and "2 bytes that are not UTF-8" in reason
     cut = [*prepare.pieces("word " * 500)]
     assert "".join(cut) == "word " * 500 and len(cut) == 3 and max(map(len, cut)) <= 1000
     assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)  # at spaces only
 
 
-def test_hub_sources_stream_resume_and_survive_the_network(tmp_path, monkeypatch):
-    """The hub cannot be reached here: a folder laid out like a repository stands in for it."""
-    import datasets
+class Hub(http.server.ThreadingHTTPServer):
+    """The Hugging Face hub as far as its client asks it, with files {repository: {path: bytes}}.
 
-    repository = tmp_path / "c4"
-    (repository / "en").mkdir(parents=True)
-    texts = [sentences(i, 30) for i in range(50)]
-    for i in range(2):
-        write_jsonl(repository / f"en/{i}.jsonl", texts[25 * i : 25 * i + 25])
-    (repository / "README.md").write_text(
-        "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n---\n")
-    monkeypatch.setitem(prepare.HUB, "c4", (str(repository), "en"))
-    source = prepare.Source("c4", tmp_path)
-    begin = {"documents": 0, "stream": None}
-    assert [text for text, _ in source.documents(begin)] == texts
+    `fault(path, first_byte)` may give a status to fail with, "cut" to close the connection in the
+    middle of the answer, or None.
+    """
 
-    stream = source.documents(begin)
-    for _ in range(31):
-        next(stream)
-    rest = prepare.Source("c4", tmp_path).documents(source.bookmark())
-    assert [text for text, _ in rest] == texts[31:]
+    daemon_threads = True
 
-    real, failures = datasets.IterableDataset.__iter__, [1, 7, 20]
+    def __init__(self, repositories, home):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.repositories, self.sha, self.asked = repositories, "a" * 40, []
+        self.fault = lambda path, first_byte: None
+        self.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+                    "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def unreliable(self):
-        rows = real(self)
-        for i in itertools.count():
-            if failures and i == failures[0]:
-                failures.pop(0)
-                raise ConnectionError("the network is gone") if failures else TimeoutError()
-            try:
-                yield next(rows)
-            except StopIteration:
-                return
+    def handle_error(self, *args):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # of a client that was killed
+            super().handle_error(*args)
 
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", unreliable)
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
-    assert [text for text, _ in prepare.Source("c4", tmp_path).documents(begin)] == texts
-    assert not failures
+
+class HubRequest(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if not self.cut else body[: len(body) // 2])
+        self.close_connection = self.close_connection or self.cut
+
+    def do_GET(self):
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        first, _, last = self.headers.get("Range", "bytes=0-")[6:].partition("-")
+        first = int(first)
+        fault = self.server.fault(path, first)
+        self.cut = fault == "cut"
+        self.server.asked.append((self.command, path, first))
+        sha = self.server.sha
+        found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        files = self.server.repositories.get(found and found[1])
+        if isinstance(fault, int):
+            self.reply(fault)
+        elif files is None or found[3] not in (None, "main", sha):
+            self.reply(404, X_Error_Code="RepoNotFound" if files is None else "RevisionNotFound")
+        elif found[2] in (None, "revision"):
+            self.reply(200, json.dumps({
+                "id": found[1], "sha": sha, "tags": [], "private": False, "gated": False,
+                "lastModified": "2024-01-01T00:00:00.000Z",
+                "siblings": [{"rfilename": name} for name in files]}).encode())
+        elif found[2] == "tree":
+            under = f"{found[4]}/" if found[4] else ""
+            inside = [name[len(under):] for name in files if name.startswith(under)]
+            entries = [{"type": "file", "oid": "b" * 40, "size": len(files[under + name]),
+                        "path": under + name} for name in inside if "/" not in name]
+            entries += [{"type": "directory", "oid": "c" * 40, "size": 0, "path": under + name}
+                        for name in {name.split("/")[0] for name in inside if "/" in name}]
+            self.reply(200 if inside else 404, json.dumps(entries).encode(), X_Error_Code="EntryNotFound")
+        elif found[4] not in files:
+            self.reply(404, X_Error_Code="EntryNotFound")
+        else:
+            body, head = files[found[4]], {"X-Repo-Commit": sha, "ETag": f'"{hash(files[found[4]])}"'}
+            if "Range" in self.headers:
+                part = body[first : int(last) + 1 if last else None]
+                self.reply(206, part, **head, Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(body)}")
+            else:
+                self.reply(200, body, **head, Accept_Ranges="bytes")
+
+    do_HEAD = do_GET
+
+
+def hub_c4(texts, shards, home):
+    """C4 as it lies on the hub: gzipped lines in en/, and a README that says which."""
+    lines = [json.dumps({"text": text, "timestamp": "2019", "url": f"http://{i}"}) + "\n"
+             for i, text in enumerate(texts)]
+    size = -(-len(lines) // shards)
+    files = {f"en/c4-train.{i:05}-of-{shards:05}.json.gz":
+             gzip.compress("".join(lines[i * size : (i + 1) * size]).encode(), mtime=0)
+             for i in range(shards)}
+    files["en/c4-validation.00000-of-00001.json.gz"] = gzip.compress(b"")
+    files["README.md"] = b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
+---
+"""
+    return Hub({"allenai/c4": files}, home)
 
 
 @pytest.fixture(scope="session")
@@ -440,7 +512,7 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
             if progress.exists():
-                read.append(json.loads(progress.read_text())["position"]["documents"])
+                read.append(json.loads(progress.read_text())["cursor"]["documents"])
         process.kill()
         process.communicate(timeout=60)  # until the workers have ended too, which hold its stderr
     assert process.returncode == 0 and len({*read}) > 4
@@ -467,14 +539,21 @@ def test_stopped_between_any_two_files_of_the_end_it_goes_on(tmp_path):
     assert n > 7
 
 
-def test_a_corpus_of_a_few_documents_still_has_both_splits(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
-    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 700,
-           "--seq-len", 32)
-    meta = json.loads((tmp_path / "d/meta.json").read_text())
-    assert meta["train_rows"] >= 1 and meta["val_rows"] >= 1
-    train = np.fromfile(tmp_path / "d/train.bin", "<u2")
-    assert (train == cram.SEP).sum() <= 2  # one document went whole to the other side
+@pytest.mark.parametrize("documents", [1, 2, 3, 20])
+def test_the_smallest_corpus_has_both_splits(tmp_path, documents):
+    """The first tokens are one row to validate on, the rest of them is trained on."""
+    texts = [sentences(i, 60 // documents + 1) for i in range(documents)]
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"texts/{i:02}.txt").write_text(text)
+    script("prepare.py", "--source", tmp_path / "texts", "--out", tmp_path / "d", "--vocab-size",
+           700, "--seq-len", 32)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
+    expected_train, expected_val = reference_rows(texts, tokenizer, 32)
+    train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
+    assert [*map(tuple, np.fromfile(tmp_path / "d/val.bin", "<u2").reshape(-1, 32).tolist())] == (
+        expected_val)
+    assert Counter(map(tuple, train.tolist())) == Counter(expected_train) and len(train)
 
 
 def test_prepare_starts_over_only_when_told(tmp_path, data):
@@ -1336,12 +1415,14 @@ def test_what_cannot_be_exported_is_said(train):
 
 @pytest.mark.parametrize("content, args, words", [
     (None, [], "nothing to read there"),
-    (b"", [], "no document that can be used"),
+    (b"", [], "too little text: 0 tokens of 0 documents"),
     (b'{"body": "x"}\n', [], "no column .text., but ..body"),
     (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
     (b'{"text": "too short"}\n', [], "too little text"),
     (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
     (b'{"text": "x"}\n', ["--tokens", 0], "at least one row"),
+    (b'{"text": "x"}\n', ["--tokens", "inf"], "invalid token_count"),
+    (b'{"text": "x"}\n', ["--source", ""], "--source is empty"),
 ])
 def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
     if content is not None:
@@ -1361,14 +1442,6 @@ def test_a_folder_of_the_users_is_not_deleted(tmp_path, complaint):
     assert (tmp_path / "d/work/thesis.tex").read_text() == "years of it"
 
 
-def test_the_users_own_files_are_no_free_space(tmp_path, monkeypatch):
-    with open(tmp_path / "mine.tar", "wb") as f:
-        f.truncate(10**12)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=10**6))
-    with pytest.raises(SystemExit, match="has 0.0 GB free"):
-        prepare.check_space(tmp_path, prepare.Source("python-docs", tmp_path), 10**7)
-
-
 def test_a_work_file_that_lost_its_end_is_not_filled_up(tmp_path):
     (tmp_path / "train.tokens").write_bytes(b"12345")
     with pytest.raises(SystemExit, match="is damaged"):
@@ -1381,12 +1454,12 @@ def test_damaged_files_lose_only_what_is_damaged(tmp_path):
     (tmp_path / "cut.jsonl.xz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 5000}) + "\n"
                                          + json.dumps({"text": "short"}) + "\n")
-    documents = [*prepare.read_file(tmp_path / "cut.jsonl.xz")]
+    documents = [*prepare.read_file(str(tmp_path / "cut.jsonl.xz"))]
     assert len(documents) > 50 and "cut off" in documents[-1][1]
     assert all(text for text, _ in documents[:-1])
     limit, prepare.MAX_DOCUMENT = prepare.MAX_DOCUMENT, 1000
     try:
-        (long, reason), short = prepare.read_file(tmp_path / "long.jsonl")
+        (long, reason), short = prepare.read_file(str(tmp_path / "long.jsonl"))
     finally:
         prepare.MAX_DOCUMENT = limit
     assert long is None and "over 1,000 bytes" in reason and short == ("short", None)
