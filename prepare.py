@@ -407,6 +407,8 @@ class Source:
 
     def wait(self, error):
         """Sleep until the next attempt to reach the hub; stop if it has been away for long."""
+        if isinstance(error, FileNotFoundError):
+            raise SystemExit(f"--source {self.name}: not on the hub any more ({one_line(error)})")
         now = time.monotonic()
         self.outage_began = self.outage_began or now
         if now - self.outage_began > OUTAGE_SECONDS:

@@ -432,13 +432,13 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
         fault = self.server.fault(path, first)
         self.cut = fault == "cut"
         self.server.asked.append((self.command, path, first))
-        sha = self.server.sha
         found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        sha = found[3] if found and found[3] and len(found[3]) == 40 else self.server.sha
         files = self.server.repositories.get(found and found[1])
         if isinstance(fault, int):
             self.reply(fault)
-        elif files is None or found[3] not in (None, "main", sha):
-            self.reply(404, X_Error_Code="RepoNotFound" if files is None else "RevisionNotFound")
+        elif files is None:
+            self.reply(404, X_Error_Code="RepoNotFound")
         elif found[2] in (None, "revision"):
             self.reply(200, json.dumps({
                 "id": found[1], "sha": sha, "tags": [], "private": False, "gated": False,
@@ -485,6 +485,106 @@ configs:
 ---
 """
     return Hub({"allenai/c4": files}, home)
+
+
+IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.001))"
+TEXTS = [sentences(i, 30) for i in range(400)]
+FROM_HUB = ["--vocab-size", 700, "--seq-len", 32]
+
+
+def is_shard(path, number):
+    return path.endswith(f"{number:05}-of-00003.json.gz")
+
+
+def test_the_default_command_reads_c4_and_survives_an_unreliable_network(tmp_path):
+    hub = hub_c4(TEXTS, 3, tmp_path / "home")
+    script("prepare.py", *FROM_HUB, "--out", tmp_path / "hub", env=hub.env)
+    script("prepare.py", *FROM_HUB, "--out", tmp_path / "local", "--source",
+           write_jsonl(tmp_path / "t.jsonl", TEXTS))
+    one, other = (files_of(tmp_path / name) for name in ("hub", "local"))
+    assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
+    meta = json.loads((tmp_path / "hub/meta.json").read_text())
+    assert meta["documents_read"] == 400 and meta["revision"] == hub.sha
+
+    failures = [500, "cut", 429, 503] * 20  # longer than the client itself tries again
+    hub.fault = lambda path, first: failures.pop() if is_shard(path, 1) and failures else None
+    printed = script("prepare.py", *FROM_HUB, "--out", tmp_path / "faults", env=hub.env,
+                     before=IMPATIENT)
+    assert not failures and "does not answer" in printed
+    assert files_of(tmp_path / "faults") == one
+
+
+def test_an_outage_ends_the_run_which_goes_on_at_the_same_revision(tmp_path):
+    hub = hub_c4(TEXTS, 3, tmp_path / "home")
+    script("prepare.py", *FROM_HUB, "--out", tmp_path / "once", env=hub.env)
+    old, asked = hub.sha, []
+    passes = itertools.count()  # the tokenizer's, then that of packing
+    hub.fault = lambda path, first: 500 if is_shard(path, 2) and next(passes) else None
+    args = [*FROM_HUB, "--out", tmp_path / "d"]
+    printed = script("prepare.py", *args, env=hub.env, code=1,
+                     before=IMPATIENT + "; it.OUTAGE_SECONDS = 0.1; it.SAVE_SECONDS = 0")
+    assert "Start the same command again" in printed and "Traceback" not in printed
+    hub.fault = lambda path, first: 500
+    printed = script("prepare.py", *args, env=hub.env, code=1,
+                     before=IMPATIENT + "; it.OUTAGE_SECONDS = 0.1")  # not even its list of files
+    assert "Start the same command again" in printed and "python-docs" not in printed
+
+    hub.sha, hub.fault = "d" * 40, lambda path, first: asked.append(path)
+    script("prepare.py", *args, env=hub.env)
+    assert any(old in path for path in asked) and not any(hub.sha in path for path in asked)
+    assert files_of(tmp_path / "d") == files_of(tmp_path / "once")
+
+
+def test_killed_in_the_middle_of_a_shard_it_says_that_it_reads_it_again(tmp_path):
+    hub = hub_c4([sentences(i, 40) for i in range(1500)], 3, tmp_path / "home")
+    args = [*FROM_HUB, "--out"]
+    script("prepare.py", *args, tmp_path / "once", env=hub.env)
+    kill = ("import os; save = it.Packer.save; it.SAVE_SECONDS = 0; it.Packer.save = lambda self: "
+            "(save(self), self.counts['documents_read'] > 700 and os.kill(os.getpid(), 9))")
+    script("prepare.py", *args, tmp_path / "killed", env=hub.env, before=kill, code=-9)
+    printed = script("prepare.py", *args, tmp_path / "killed", env=hub.env)
+    assert "again from its start, up to document" in printed
+    assert files_of(tmp_path / "once") == files_of(tmp_path / "killed")
+
+
+def test_a_damaged_shard_is_named_and_its_rest_skipped(tmp_path):
+    hub = hub_c4(TEXTS, 3, tmp_path / "home")
+    files = hub.repositories["allenai/c4"]
+    name = "en/c4-train.00001-of-00003.json.gz"
+    files[name] = files[name][: len(files[name]) // 2] + bytes(1000)
+    printed = script("prepare.py", *FROM_HUB, "--out", tmp_path / "d", env=hub.env)
+    assert f"skipped: hf://datasets/allenai/c4@{hub.sha}/{name}: the file is damaged" in printed
+    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    assert meta["invalid"] == 1 and 300 < meta["documents_kept"] < 399
+    shards = [path for _, path, _ in hub.asked if is_shard(path, 1)]
+    assert len(shards) == 2  # once for the tokenizer, once to pack
+
+
+def test_without_a_network_the_first_command_says_what_works(tmp_path):
+    hub = hub_c4(TEXTS, 3, tmp_path / "home")
+    hub.shutdown()
+    hub.server_close()
+    printed = script("prepare.py", "--out", tmp_path / "d", env=hub.env, code=1, before=IMPATIENT)
+    assert "--source python-docs" in printed and not (tmp_path / "d").exists()
+
+
+def test_fine_tuning_reads_cola_from_the_hub(data, tmp_path):
+    import datasets
+
+    script("cram.py", "--data", data, "--out", tmp_path / "out", "--steps", 1, "--no-compile",
+           *(word for name, value in TINY.items() for word in (f"--{name}", value)))
+    files = {"README.md": b"---\nconfigs:\n- config_name: cola\n  data_files:\n" + b"".join(
+        f"  - split: {split}\n    path: cola/{split}-*\n".encode()
+        for split in ("train", "validation", "test")) + b"---\n"}
+    for split, n in (("train", 64), ("validation", 16), ("test", 16)):
+        rows = {"sentence": [sentences(i, 1) for i in range(n)],
+                "label": [i % 2 if split != "test" else -1 for i in range(n)], "idx": [*range(n)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
+        files[f"cola/{split}-00000-of-00001.parquet"] = (tmp_path / "x.parquet").read_bytes()
+    hub = Hub({"nyu-mll/glue": files}, tmp_path / "home")
+    script("finetune_glue.py", "--task", "cola", "--ckpt", tmp_path / "out/ckpt.pt", "--trials", 1,
+           "--epochs", 1, env=hub.env)
+    assert "cola" in (tmp_path / "out/glue.json").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -554,6 +654,37 @@ def test_the_smallest_corpus_has_both_splits(tmp_path, documents):
     assert [*map(tuple, np.fromfile(tmp_path / "d/val.bin", "<u2").reshape(-1, 32).tolist())] == (
         expected_val)
     assert Counter(map(tuple, train.tolist())) == Counter(expected_train) and len(train)
+
+
+def test_two_on_one_folder_the_second_is_refused_while_the_first_lives(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jsonl")  # a name that is not UTF-8: meta.json must not hold it
+    source = write_jsonl(tmp_path / name, [sentences(i, 60) for i in range(30)])
+    args = ["--source", source, "--out", tmp_path / "d", "--vocab-size", 700, "--seq-len", 32]
+    waiting = ("import pathlib, time; order = it.order_rows; it.order_rows = lambda *a: "
+               f"[time.sleep(0.05) for _ in iter(pathlib.Path({str(tmp_path / 'go')!r}).exists, "
+               "True)] and order(*a)")
+    main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import prepare as it; {waiting}; it.main()"
+    first = subprocess.Popen([sys.executable, "-c", main, *map(os.fsencode, map(str, args))],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "d/work/progress.json").exists():
+        time.sleep(0.05)
+    assert "another prepare.py is writing" in script("prepare.py", *args, code=1)
+    (tmp_path / "go").touch()
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and not (tmp_path / "d/work").exists()
+    (tmp_path / "d/meta.json").read_text().encode()
+    assert "caf\\xe9" in json.loads((tmp_path / "d/meta.json").read_text())["source"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_outlives_whoever_reads_its_output(tmp_path, stream):
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(30)])
+    args = ["--source", source, "--out", tmp_path / "d", "--vocab-size", 700, "--seq-len", 32]
+    process = subprocess.Popen([sys.executable, HERE / "prepare.py", *map(str, args)],
+                               **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
+                                  stream: subprocess.PIPE})
+    getattr(process, stream).close()
+    assert process.wait(timeout=60) == 0 and (tmp_path / "d/meta.json").exists()
 
 
 def test_prepare_starts_over_only_when_told(tmp_path, data):
