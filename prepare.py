@@ -5,9 +5,8 @@
     python prepare.py --source python-docs --vocab-size 4096 --out data/docs  # no network, 30 s
 
 Each document is normalised to lower-case ASCII, tokenized, filtered and deduplicated. The tokens
-are packed without padding into rows of 128, and the rows are sorted so that short sentences come
-first. The WordPiece tokenizer is trained on the same text. Memory does not grow with the corpus,
-and a run that was stopped resumes when the same command is started again.
+are packed without padding into rows of 128, sorted so that short sentences come first. Memory does
+not grow with the corpus, and a stopped run resumes when the same command is started again.
 
 Writes train.bin and val.bin (uint16 rows), tokenizer.json and meta.json into --out. The recipe is
 that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), section 4.4, and its released code.
@@ -15,7 +14,6 @@ that of "Cramming" (Geiping & Goldstein, arXiv 2212.14034), section 4.4, and its
 
 import argparse
 import ast
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -79,9 +77,8 @@ REASONS_SHOWN = 20  # of documents and files that cannot be read; the others are
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
-# What becomes of characters outside ASCII (patterns are Oniguruma's). GLUE is nearly all ASCII, so
-# its forms are the ones to learn. Nothing may glue words together or change a number: "10²" must
-# not become 102, nor "1½" 11/2, nor "don´t" don t.
+# What becomes of characters outside ASCII (Oniguruma patterns). GLUE is nearly all ASCII, so its
+# forms are the ones to learn. No loss may glue words together or change a number.
 
 BEFORE_DECOMPOSING = [  # NFKD would lose these or confuse them with something else
     ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
@@ -108,11 +105,9 @@ AFTER_DECOMPOSING = [  # in lower case
 def build_normalizer(ascii_only=False):
     """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
-    Our deviation: the paper drops what is not ASCII. Here characters that stand for something in
-    English are replaced as above, the rest (other scripts, emoji, controls) becomes a space.
-
-    `ascii_only` leaves out what ASCII text does not need. It gives the same and takes a quarter of
-    the time.
+    Our deviation: the paper drops all that is not ASCII. Here the tables above come first, and what
+    is left (other scripts, emoji, controls) becomes a space. `ascii_only` leaves out what cannot
+    occur in ASCII text: the same result in a quarter of the time.
     """
     def replace(pattern, by):
         return normalizers.Replace(Regex(pattern), by)
@@ -136,12 +131,6 @@ def normalize(text):
     return (ASCII_NORMALIZER if text.isascii() else NORMALIZER).normalize_str(text)
 
 
-def untrained(model):
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
-    return tokenizer
-
-
 def train_tokenizer(texts, vocab_size):
     """WordPiece over an iterator of strings; the same text gives the same file everywhere.
 
@@ -153,15 +142,17 @@ def train_tokenizer(texts, vocab_size):
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False
-    )
-    learned = untrained(models.WordPiece(unk_token="<unk>"))
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False)
+    words = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
+    learned = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    learned.pre_tokenizer = words
     learned.train_from_iterator(map(normalize, texts), trainer)
 
-    words = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
-    vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + words)}
-    tokenizer = untrained(
+    entries = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
+    vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + entries)}
+    tokenizer = Tokenizer(
         models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer.pre_tokenizer = words
     tokenizer.normalizer = NORMALIZER
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
@@ -215,13 +206,12 @@ def read_json(stream, path):
         yield from read_jsonl(stream, path)
         return
     content = stream.read(MAX_LIST + 1)
-    if len(content) > MAX_LIST:
-        raise SystemExit(f"{path}: a JSON list of over {MAX_LIST:,} bytes. Make it one row a line: "
-                         "jq -c '.[]' FILE > FILE.jsonl")
     try:
+        if len(content) > MAX_LIST:
+            raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        yield None, f"{path}: not JSON ({error})"
+        yield None, f"{path}: cannot be read as JSON ({error})"
         return
     for number, row in enumerate(rows, 1):
         yield text_of(row, f"{path} row {number}")
@@ -407,8 +397,6 @@ class Source:
 
     def wait(self, error):
         """Sleep until the next attempt to reach the hub; stop if it has been away for long."""
-        if isinstance(error, FileNotFoundError):
-            raise SystemExit(f"--source {self.name}: not on the hub any more ({one_line(error)})")
         now = time.monotonic()
         self.outage_began = self.outage_began or now
         if now - self.outage_began > OUTAGE_SECONDS:
@@ -421,15 +409,13 @@ class Source:
 
     def sample(self, limit):
         """Pieces of about `limit` characters for the tokenizer: of local files a share of each, by
-        size; of others the beginning."""
+        size; of other sources the beginning."""
         used, due, total = 0, 0, sum(self.sizes)
-        shares = [(limit * size / max(1, total), read_file(file))
-                  for file, size in zip(self.files, self.sizes, strict=True)] if self.sizes else [
-                      (limit, self.documents(self.START))]
-        known = limit if self.name in HUB or total > limit else None
+        parts = [(limit * size / max(1, total), read_file(file))
+                 for file, size in zip(self.files, self.sizes, strict=False)]
         with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
-                  total=known) as bar:
-            for share, documents in shares:
+                  total=limit if self.name in HUB or total > limit else None) as bar:
+            for share, documents in parts or [(limit, self.documents(self.START))]:
                 due += share
                 for text, _ in documents if used < due else ():
                     if text:
@@ -446,7 +432,7 @@ def printable(path):
 
 
 def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def pieces(text):
@@ -468,18 +454,14 @@ def pieces(text):
 
 
 def start_worker(tokenizer_json):
-    """Runs once in each process. The watch ends it when the parent is gone, even if killed."""
+    """Runs once in each process. The thread ends it when the parent is gone, even if killed."""
     global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
     tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
-    threading.Thread(target=watch_parent, daemon=True).start()
-
-
-def watch_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                     daemon=True).start()
 
 
 def tokenize(texts):
@@ -620,15 +602,6 @@ class Packer:
         write_atomic(self.path, self.progress)
         self.saved_at = time.monotonic()
 
-    def close(self):
-        for f in (self.train, self.val, self.duplicates.log):
-            f.close()
-
-    def add_invalid(self, reason):
-        self.counts["invalid"] += 1
-        if self.counts["invalid"] <= REASONS_SHOWN:
-            tqdm.write(f"skipped: {reason}")
-
     def add_document(self, ids, characters, digest):
         """Write a document if it is wanted. Returns what became of it, a key of the counts."""
         counts = self.counts
@@ -670,7 +643,9 @@ def pack(source, tokenizer_json, work, seq_len, target):
         for (_, reasons, cursor), documents in in_parallel(todo, tokenizer_json):
             counts["documents_read"] += len(documents) + len(reasons)
             for reason in reasons:
-                packer.add_invalid(reason)
+                counts["invalid"] += 1
+                if counts["invalid"] <= REASONS_SHOWN:
+                    tqdm.write(f"skipped: {reason}")
             for document in documents:
                 counts[packer.add_document(*document)] += 1
             packer.progress["cursor"] = cursor
@@ -680,7 +655,6 @@ def pack(source, tokenizer_json, work, seq_len, target):
             if time.monotonic() - packer.saved_at > SAVE_SECONDS:
                 packer.save()
     packer.save()
-    packer.close()
     return counts
 
 
@@ -770,28 +744,9 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 # ------------------------------------------------------------------------------- 7. All together
 
 
-class Screen:
-    """Output that may go away (a closed terminal, `| head`) without stopping the run, and that
-    shows as escapes what the terminal cannot show."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(errors="backslashreplace", write_through=True)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-
-    def flush(self):
-        pass  # everything is written at once
-
-
 def lock_folder(work):
-    """Refuse while another prepare.py writes here. The lock ends with the process, however it
-    ends."""
+    """Refuse while another prepare.py writes here. The lock goes with the process, even if that is
+    killed."""
     f = open(work / "arguments.lock", "w")
     try:
         if fcntl:
@@ -804,40 +759,22 @@ def lock_folder(work):
     return f
 
 
-def check_space(out, source, target):
-    """The packed tokens and their ordered copy must fit: 2 bytes a token each, a little more."""
-    if source.sizes:  # 3 characters a token, to be safe; text compressed at most 6 times
-        target = min(target, sum(
-            size * (1 if file.lower().endswith((".txt", ".jsonl", ".json")) else 6)
-            for file, size in zip(source.files, source.sizes, strict=True)) / 3)
-    elif source.name in BUILT_IN:
-        target = min(target, 10**7)
-    need, free = 4.4 * target / 1e9, shutil.disk_usage(out).free / 1e9
-    print(f"disk: needs up to {need:.1f} GB while ordering, half of it afterwards; {free:.1f} free")
-    if need > free:
-        raise UnusableSource(f"{out} has {free:.1f} GB free, and {need:.1f} GB may be needed: make "
-                             "room, choose another --out, or a smaller --tokens")
-
-
 def token_count(text):
     """200M, 1.5G and 1e9 are understood."""
-    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
-    try:
-        return int(float(text if scale == 1 else text[:-1]) * scale)
-    except OverflowError:  # "inf"
-        raise ValueError from None
+    return float(text.replace("M", "e6").replace("G", "e9"))
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="c4", help=(
-        "c4, wikipedia, fineweb-edu (from the hub), python-docs (no network), or a path, folder or "
-        f"glob of {KINDS} files, also .gz, .xz, text in the column "
-        '"text" (default: %(default)s)'))
+        "c4, wikipedia, fineweb-edu (from the hub; the last was filtered with a language model's "
+        "judgements, outside the rules of cramming), python-docs (no network), or a path, folder "
+        f"or glob of {KINDS} files, all but .parquet also .gz or .xz, with a column \"text\" "
+        "(default: %(default)s)"))
     parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
         "stop after about so many training tokens, such as 200M or 1.5G (default: %(default)s, "
-        "what the paper's A6000 reads in 24 h; 18 GB on disk)"))
+        "what the paper's A6000 reads in 24 h; 18 GB on disk, 39 GB while it is made)"))
     parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32_768,
                         help="WordPiece entries (default: %(default)s)")
@@ -850,8 +787,9 @@ def parse_arguments():
         parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
     if not 8 <= args.seq_len <= 8192:
         parser.error("--seq-len must be from 8 to 8192")
-    if args.tokens < args.seq_len:
-        parser.error("--tokens must be at least one row")
+    if not args.seq_len <= args.tokens < 1e14:
+        parser.error("--tokens must be at least one row, and finite")
+    args.tokens = int(args.tokens)
     return args
 
 
@@ -877,100 +815,97 @@ def read_earlier(out, work, arguments):
 
 def report(meta):
     read = meta["documents_read"]
-    print(f"documents: {meta['documents_read']:,} read, {meta['documents_kept']:,} kept; dropped: "
-          + ", ".join(f"{meta[key]:,} {what} ({meta[key] / read:.2%})" for key, what in (
-              ("invalid", "invalid"), ("empty", "empty"), ("dropped_density", "too dense"),
-              ("dropped_duplicate", "duplicate"))))
-    print(f"tokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows to train on, "
-          f"{meta['val_rows']:,} rows to validate on\n"
+    dropped = (f"{meta[key]:,} {key.replace('dropped_', '')} ({meta[key] / read:.2%})" for key in
+               ("invalid", "empty", "dropped_density", "dropped_duplicate"))
+    print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
+          f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
+          f"to train on, {meta['val_rows']:,} rows to validate on\n"
           f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
           f"{meta['unigram_entropy']:.3f} nats"
           + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
 
-def prepare(source, args, out, work, record):
-    """From the source to the four files; each step that an earlier run has finished is skipped."""
+def prepare(source, args, out, work):
+    """From the source to the files in `out`; what an earlier run has finished is not done again.
+
+    Returns what meta.json says about them.
+    """
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        check_space(out, source, args.tokens)
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
         write_atomic(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
+    vocab_size = tokenizer.get_vocab_size()
 
     counts = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
+    tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
-    check_enough(counts, args.seq_len)
+    if counts["train_tokens"] < args.seq_len:
+        raise UnusableSource(
+            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
+            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
+            f"{counts['dropped_density']:,} too dense). It takes two rows of {args.seq_len}, to "
+            "train on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
 
-    n_rows, sha256, entropy = order_rows(
-        work / "train.tokens", out / "train.bin", args.seq_len, tokenizer.token_to_id("."),
-        tokenizer.get_vocab_size())
+    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
+                                         tokenizer.token_to_id("."), vocab_size)
     val = np.fromfile(work / "val.tokens", np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
     write_atomic(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
     write_atomic(out / "tokenizer.json", tokenizer_json.encode())
-
     return {
-        "source": record["arguments"]["source"],
-        "seq_len": args.seq_len,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "train_rows": n_rows,
-        "val_rows": val_rows,
-        **counts,
-        "train_tokens": n_rows * args.seq_len,
+        "seq_len": args.seq_len, "vocab_size": vocab_size, "train_rows": n_rows,
+        "val_rows": val_rows, **counts, "train_tokens": n_rows * args.seq_len,
         "val_tokens": val_rows * args.seq_len,
-        "characters_per_token": counts["characters_written"]
-        / (counts["train_tokens"] + counts["val_tokens"]),
-        "unigram_entropy": entropy,
-        "max_density": MAX_DENSITY,
+        "characters_per_token": counts["characters_written"] / tokens,
+        "unigram_entropy": entropy, "max_density": MAX_DENSITY,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "train_sha256": sha256,
-        **record,
     }
 
 
 def main():
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     args = parse_arguments()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / "work"
     source = Source(args.source, out)
     arguments = {"source": printable(args.source), "tokens": args.tokens,
-                 "vocab_size": args.vocab_size, "seq_len": args.seq_len,
-                 "files": [[printable(f), size] for f, size in zip(
-                     source.files, source.sizes, strict=False)]}  # no sizes, no files
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": [
+                     [printable(f), os.path.getsize(f)] for f in source.files if source.sizes]}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
         print(f"{out} is complete already (after a change to prepare.py give another --out)")
         return
-    if args.source == "fineweb-edu":
-        print("note: fineweb-edu was filtered by a classifier trained on a language model's "
-              "judgements, which is outside the rules of cramming")
 
     work.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(work)
     try:
-        if args.source in HUB:
-            source.connect(earlier.get("revision"))
-        record = {"revision": source.revision, "arguments": arguments}
-        write_atomic(work / "arguments.json", record)
-        meta = prepare(source, args, out, work, record)
+        with lock_folder(work):
+            if args.source in HUB:
+                source.connect(earlier.get("revision"))
+            record = {"source": arguments["source"], "revision": source.revision,
+                      "arguments": arguments}
+            write_atomic(work / "arguments.json", record)
+            meta = {**record, **prepare(source, args, out, work)}
+            write_atomic(out / "meta.json", meta)
     except UnusableSource as error:
         shutil.rmtree(work)
         if not any(out.iterdir()):
             out.rmdir()
         raise SystemExit(f"--source {args.source}: {error}") from None
-    write_atomic(out / "meta.json", meta)
     shutil.rmtree(work)
-    lock.close()
     report(meta)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:  # `| head` has gone. An orderly exit would wait for ever for the lock
+        os._exit(1)  # of the progress bar that was being written
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        raise SystemExit(f"prepare.py stopped: {error}. That mended, the same command goes on.")
+        sys.exit(f"prepare.py stopped: {error}. That mended, the same command goes on.")
     except KeyboardInterrupt:
         sys.exit("\nstopped; start the same command again to go on")
