@@ -46,6 +46,7 @@ except ImportError:  # Windows
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
+VERSION = 2  # raise it with every change after which the same text gives other bytes
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # ids 0..4; cram.py relies on them
 SEP = SPECIAL_TOKENS.index("<sep>")
 
@@ -70,9 +71,9 @@ BUCKET_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
 SAVE_SECONDS = 5  # a killed run loses about this much work
 BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
-OUTAGE_SECONDS = 1800  # of the network, then the run stops
-RETRY_SECONDS = 60  # between attempts
-REASONS_SHOWN = 20  # of documents and files that cannot be read; the others are only counted
+OUTAGE_SECONDS = 1800  # without an answer from the hub, then the run stops
+RETRY_SECONDS = 30  # between attempts, each of which takes the client 20 to 90 s
+REASONS_SHOWN = 20  # why documents and files were skipped; the rest are only counted
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
@@ -164,7 +165,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def text_of(row, where):
-    """The document in one row of a table, checked."""
+    """(text, None) of one row of a table, or (None, reason)."""
     if not isinstance(row, dict) or "text" not in row:
         columns = ascii(list(row)[:9])[:200] if isinstance(row, dict) else "no columns"
         return None, f'{where}: no column "text", but {columns}'
@@ -176,7 +177,8 @@ def text_of(row, where):
 
 
 def without_surrogates(text):
-    """Half a character pair, as a broken JSON escape gives it, cannot be passed to the library."""
+    """Without the halves of character pairs that broken JSON escapes give: tokenizers refuses them.
+    """
     return text.encode("utf-8", "ignore").decode("utf-8")
 
 
@@ -199,7 +201,7 @@ def read_jsonl(stream, path):
 
 
 def read_json(stream, path):
-    """A .json file: lines as in .jsonl, or one list of rows, which has to be held in memory."""
+    """Lines as in .jsonl, or one list of rows, which is held in memory."""
     start = stream.read(1000).decode("utf-8-sig", "ignore").lstrip()
     stream.seek(0)
     if not start.startswith("["):
@@ -218,8 +220,8 @@ def read_json(stream, path):
 
 
 def read_txt(stream, path):
-    """The file in pieces of about PIECE characters, each a document. They end where a line does;
-    a line that is longer than a piece is cut."""
+    """Pieces of about PIECE characters, each a document, cut at line ends (or inside a line that
+    is longer than a piece)."""
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
     replaced = 0
     while piece := text.read(PIECE):
@@ -262,13 +264,17 @@ def open_file(path):
 def is_damage(error):
     """Whether the file is bad, rather than the disk or the network."""
     if type(error) is OSError:
-        return error.errno is None  # pyarrow's, of what it cannot decode
+        return error.errno is None  # then it is pyarrow's: a page that cannot be decoded
     return isinstance(error, (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error))
 
 
+def one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
 def read_file(path):
-    """Documents of one file, local or hf://. Of a damaged one (a cut download) those before the
-    damage."""
+    """Documents of one file, local or hf://. A damaged file, such as a download that broke off,
+    gives those before the damage."""
     unpack = UNPACK.get(os.path.splitext(path.lower())[1])
     try:
         with open_file(path) as raw:
@@ -306,7 +312,8 @@ BUILT_IN = {"python-docs": python_docs}
 
 
 def local_files(pattern, out):
-    """The readable files that a path, folder or glob names, sorted. Says what is not read."""
+    """The readable files of a path, folder or glob, sorted. Prints how many files of which kind
+    are read, and how many are not."""
     path, out = Path(pattern), out.resolve()
     found = path.rglob("*") if path.is_dir() else (
         [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
@@ -331,11 +338,15 @@ def local_files(pattern, out):
     return files
 
 
-class Source:
-    """Documents of --source, from any place on.
+class UnusableSource(Exception):
+    """Too little text, or none: nothing of this run is worth keeping."""
 
-    A place, `cursor`, is JSON: {"documents": how many were read before it, "file": a number,
-    "row": how many of them are of that file}.
+
+class Source:
+    """The documents of --source, from the start or from where an earlier run stopped.
+
+    That place is the cursor: the number of the file, how many rows of it have been read, and how
+    many documents in all.
     """
 
     START = {"documents": 0, "file": 0, "row": 0}
@@ -350,14 +361,14 @@ class Source:
             self.sizes = [*map(os.path.getsize, self.files)]
 
     def connect(self, revision):
-        """List the files of a repository on the hub: at the revision that was read before, if
-        there is one, so that a change of the repository does not shift the place."""
+        """List the files of the repository on the hub. A run that resumes gives the revision that
+        it began with, since the cursor may mean another document after a change."""
         import datasets
 
         datasets.disable_progress_bars()
-        for library in ("datasets", "huggingface_hub"):  # each tries again many times and says so
+        for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
             logging.getLogger(library).setLevel(logging.CRITICAL)
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
         repository, configuration = HUB[self.name]
         while not self.files:
             try:
@@ -374,7 +385,7 @@ class Source:
         self.revision = re.search("@([0-9a-f]+)/", self.files[0])[1]  # hf://datasets/R@SHA/...
 
     def documents(self, cursor):
-        """`self.cursor` is the place behind the last document yielded."""
+        """Yields (text, reason) as the readers do; self.cursor is then the place behind it."""
         self.cursor = dict(cursor)
         while self.cursor["file"] < len(self.files):
             file = self.files[self.cursor["file"]]
@@ -396,20 +407,20 @@ class Source:
                 self.cursor.update(file=self.cursor["file"] + 1, row=0)
 
     def wait(self, error):
-        """Sleep until the next attempt to reach the hub; stop if it has been away for long."""
+        """Sleep until the next attempt to reach the hub, or stop after a long outage."""
         now = time.monotonic()
         self.outage_began = self.outage_began or now
         if now - self.outage_began > OUTAGE_SECONDS:
             raise SystemExit(f"--source {self.name}: no answer from the hub for "
                              f"{OUTAGE_SECONDS // 60} minutes ({one_line(error)}). Start the same "
-                             "command again to go on from here.")
+                             "command again to resume from here.")
         tqdm.write(f"the hub does not answer ({one_line(error)}); trying again in "
                    f"{RETRY_SECONDS} s, for {OUTAGE_SECONDS // 60} minutes in all")
         time.sleep(RETRY_SECONDS)
 
     def sample(self, limit):
-        """Pieces of about `limit` characters for the tokenizer: of local files a share of each, by
-        size; of other sources the beginning."""
+        """Text to train the tokenizer on, about `limit` characters: a share of each local file by
+        size, or the beginning of any other source."""
         used, due, total = 0, 0, sum(self.sizes)
         parts = [(limit * size / max(1, total), read_file(file))
                  for file, size in zip(self.files, self.sizes, strict=False)]
@@ -427,17 +438,13 @@ class Source:
 
 
 def printable(path):
-    """A name that is not UTF-8, in a form that can be written as UTF-8."""
+    """A file name in which bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
 def pieces(text):
-    """A text cut at line ends, and a line longer than PIECE at spaces: normalising takes some 20
-    bytes a character, tokenizing more."""
+    """Lines of a text, cut at spaces where longer than PIECE. Normalising takes 20 bytes of memory
+    a character, tokenizing more, and most lines are ASCII, which is faster."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -469,8 +476,7 @@ def tokenize(texts):
 
 
 def tokenize_document(text):
-    """What `add_document` needs: token ids (uint16), the number of characters of the normalised
-    text and its 64-bit hash."""
+    """(token ids as uint16, characters of the normalised text, its 64-bit hash)"""
     digest, ids, characters = hashlib.blake2b(digest_size=8), [np.zeros(0, np.uint16)], 0
     for normal in filter(None, map(normalize, pieces(text))):
         [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
@@ -481,7 +487,7 @@ def tokenize_document(text):
 
 
 def chunks(source, cursor):
-    """Work for one call: some documents, the reasons of the invalid ones, the place behind them."""
+    """Yields work for one call: (texts, reasons of invalid ones, the cursor behind them)."""
     texts, reasons, size = [], [], 0
     for text, reason in source.documents(cursor):
         if text is None:
@@ -538,11 +544,11 @@ def open_at(path, size):
 
 
 class DuplicateTable:
-    """Which 64-bit hashes came before, in bounded memory and exact as far as it goes.
+    """The 64-bit hashes of earlier documents, in bounded memory.
 
-    Each hash has one slot and overwrites what is in it. So a copy is missed if its slot was taken
-    in between: with n newer documents the chance is 1 - exp(-n / 2**25), 3 % after a million. And
-    nothing is called a duplicate that is none (but for one hash in 2**64).
+    Each hash has one slot and overwrites what is in it, so a copy is missed if its slot was taken
+    in between: after n other documents with probability 1 - exp(-n / 2**25), 3 % after a million.
+    The log restores the table when a run resumes.
     """
 
     def __init__(self, path, entries):
@@ -557,7 +563,7 @@ class DuplicateTable:
         self.entries = entries
 
     def add(self, digest):
-        """Whether it was there already; it is afterwards."""
+        """Add a hash; returns whether it was there already."""
         slot = digest % DUPLICATE_SLOTS
         if self.slots[slot] == digest:
             return True
@@ -567,19 +573,15 @@ class DuplicateTable:
         return False
 
 
-class UnusableSource(Exception):
-    """There is nothing worth keeping for another attempt."""
-
-
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
           "dropped_duplicate", "train_tokens", "val_tokens", "characters_written")
 
 
 class Packer:
-    """work/train.tokens and work/val.tokens, to which documents are appended.
+    """Appends documents to work/train.tokens and work/val.tokens.
 
-    Every few seconds they are flushed, and work/progress.json says how far they are good: a killed
-    run cuts off what lies behind and makes it again.
+    save() flushes them and records their sizes in work/progress.json. A run that resumes cuts off
+    what was written after the last save.
     """
 
     def __init__(self, work, seq_len):
@@ -587,7 +589,7 @@ class Packer:
         self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0}
         if self.path.exists():
             self.progress = json.loads(self.path.read_text())
-            print(f"going on after {self.progress['cursor']['documents']:,} documents")
+            print(f"resuming after {self.progress['cursor']['documents']:,} documents")
         self.counts = self.progress["counts"]
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
@@ -603,7 +605,7 @@ class Packer:
         self.saved_at = time.monotonic()
 
     def add_document(self, ids, characters, digest):
-        """Write a document if it is wanted. Returns what became of it, a key of the counts."""
+        """Write a document unless it is filtered out. Returns the count that it belongs to."""
         counts = self.counts
         if not characters:
             return "empty"
@@ -612,9 +614,9 @@ class Packer:
         if self.duplicates.add(digest):
             return "dropped_duplicate"
         ids = np.append(ids, np.uint16(SEP))
-        if counts["val_tokens"] < self.seq_len:  # the first tokens fill one row, so there is one
+        if counts["val_tokens"] < self.seq_len:  # the first tokens: any corpus has one row
             n_val = self.seq_len - counts["val_tokens"]
-        elif digest % VAL_EVERY:  # by what it says, not by its place: the same text, the same side
+        elif digest % VAL_EVERY:  # by hash: a copy in another place goes to the same side
             n_val = 0
         elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
             n_val = len(ids)
@@ -629,10 +631,10 @@ class Packer:
 
 
 def pack(source, tokenizer_json, work, seq_len, target):
-    """Stream the source into the packer until there are `target` training tokens.
+    """Read, tokenize and pack documents until there are `target` training tokens.
 
-    Interrupted or not, the bytes are the same: progress is saved and the target looked at only
-    between chunks, and the chunks are always the same. Returns the counts.
+    The bytes do not depend on interruptions: progress is saved and the target checked only between
+    chunks, and the chunks are always the same. Returns the counts.
     """
     packer = Packer(work, seq_len)
     counts = packer.counts
@@ -680,17 +682,17 @@ def row_blocks(path, n_rows, seq_len):
 
 
 def row_key(rows, dot):
-    """For another order change this: from 0 to seq_len, the largest come first."""
+    """From 0 to seq_len for each row; the largest come first. Another order goes here."""
     return (rows == dot).sum(1)
 
 
 def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
-    """Rows with the most "." first (paper v2: short sentences first); ties in random order.
+    """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
-    Rows with the same key would otherwise stay in the order of the source, and training would see
-    one file after another. To shuffle in little memory, the rows of a key are dealt in turn to
-    n buckets, adjacent parts of the output: the row of rank r is number r // n of bucket r mod n.
-    Then each bucket is shuffled where it lies.
+    Ties are shuffled, since in the order of the source training would see one file after another.
+    To do so in little memory, the rows with one key are dealt in turn to n buckets, which are
+    adjacent parts of the output: row r of them becomes row r // n of bucket r mod n. Then each
+    bucket is shuffled in place.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
@@ -707,7 +709,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
         sizes += [len(range(k, per_key[key], n_buckets[key])) for k in range(n_buckets[key])]
     starts = [0, *itertools.accumulate(sizes)]
 
-    out_path.unlink(missing_ok=True)  # of a run killed just before its end: no third copy
+    out_path.unlink(missing_ok=True)  # of a run killed just before its end; saves disk space
     part = out_path.with_suffix(".part")
     digest, rows_placed = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
     with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
@@ -745,8 +747,8 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
 
 def lock_folder(work):
-    """Refuse while another prepare.py writes here. The lock goes with the process, even if that is
-    killed."""
+    """Stop if another prepare.py is writing here. The lock ends with the process, even a killed
+    one."""
     f = open(work / "arguments.lock", "w")
     try:
         if fcntl:
@@ -760,8 +762,8 @@ def lock_folder(work):
 
 
 def token_count(text):
-    """200M, 1.5G and 1e9 are understood."""
-    return float(text.replace("M", "e6").replace("G", "e9"))
+    """Also 500k, 200M and 1.5G."""
+    return float(text.upper().replace("K", "e3").replace("M", "e6").replace("G", "e9"))
 
 
 def parse_arguments():
@@ -794,7 +796,7 @@ def parse_arguments():
 
 
 def read_earlier(out, work, arguments):
-    """What an earlier run recorded here, after a check that it had the same arguments."""
+    """What an earlier run recorded here. Stops if it had other arguments."""
     start_over = f"delete {out / 'meta.json'} and {work} to start over"
     earlier = {}
     for path in (work / "arguments.json", out / "meta.json"):
@@ -826,10 +828,7 @@ def report(meta):
 
 
 def prepare(source, args, out, work):
-    """From the source to the files in `out`; what an earlier run has finished is not done again.
-
-    Returns what meta.json says about them.
-    """
+    """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
@@ -872,13 +871,13 @@ def main():
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / "work"
     source = Source(args.source, out)
-    arguments = {"source": printable(args.source), "tokens": args.tokens,
+    arguments = {"version": VERSION, "source": printable(args.source), "tokens": args.tokens,
                  "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": [
                      [printable(f), os.path.getsize(f)] for f in source.files if source.sizes]}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
-        print(f"{out} is complete already (after a change to prepare.py give another --out)")
+        print(f"{out} is complete already")
         return
 
     work.mkdir(parents=True, exist_ok=True)
@@ -903,9 +902,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # `| head` has gone. An orderly exit would wait for ever for the lock
-        os._exit(1)  # of the progress bar that was being written
+    except BrokenPipeError:  # `| head` has gone, perhaps in the middle of drawing a progress bar:
+        os._exit(1)  # an orderly exit could wait for the lock of that bar for ever
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        sys.exit(f"prepare.py stopped: {error}. That mended, the same command goes on.")
+        sys.exit(f"prepare.py stopped: {error}. Fix that, then start the same command to resume.")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; start the same command again to go on")
+        sys.exit("\nstopped; start the same command again to resume")
