@@ -1062,11 +1062,11 @@ def test_a_long_budget_and_a_random_order_skip_nothing():
 # ------------------------------------------------------------------------------ a training run
 
 
-@pytest.mark.parametrize("recipe, loss", [("crammed", 4.0), ("modern", 4.0), ("electra", 4.0)])
+@pytest.mark.parametrize("recipe, loss", [("crammed", 4.668), ("modern", 4.665), ("electra", 4.947)])
 def test_the_final_loss_of_each_recipe(train, recipe, loss):
     """Numbers from this code: whatever moves them changes what a recipe computes."""
-    _, log = train(recipe=recipe, steps=300, lr=1e-2, generator_layers=1, generator_width=16)
-    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.02)
+    _, log = train(recipe=recipe, steps=40, generator_layers=1, generator_width=16)
+    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.005)
 
 
 def test_a_run_learns_and_keeps_its_books(train, data):
