@@ -101,6 +101,10 @@ AFTER_DECOMPOSING = [  # in lower case
     ("[đð]", "d"), ("ø", "o"), ("ł", "l"), ("ı", "i"), ("ħ", "h"),
     (r"[\p{M}\p{Cf}]+", ""),  # accents, now set apart; soft hyphens, zero-width characters
 ]
+LAST = [
+    ("``|''", '"'),
+    (r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # leaves single spaces alone: twice as fast
+]
 
 
 def build_normalizer(ascii_only=False):
@@ -110,26 +114,25 @@ def build_normalizer(ascii_only=False):
     is left (other scripts, emoji, controls) becomes a space. `ascii_only` leaves out what cannot
     occur in ASCII text: the same result in a quarter of the time.
     """
-    def replace(pattern, by):
-        return normalizers.Replace(Regex(pattern), by)
+    def replace(table):
+        return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
 
-    before, after = ([], []) if ascii_only else (BEFORE_DECOMPOSING, AFTER_DECOMPOSING)
-    return normalizers.Sequence([
-        *(replace(*pair) for pair in before),
-        *([] if ascii_only else [normalizers.NFKD()]),
-        normalizers.Lowercase(),
-        *(replace(*pair) for pair in after),
-        replace("``|''", '"'),
-        replace(r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # not at single spaces: twice as fast
-        normalizers.Strip(),
-    ])
+    if ascii_only:
+        steps = [normalizers.Lowercase()]
+    else:
+        steps = [*replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
+                 *replace(AFTER_DECOMPOSING)]
+    return normalizers.Sequence([*steps, *replace(LAST), normalizers.Strip()])
 
 
 NORMALIZER, ASCII_NORMALIZER = build_normalizer(), build_normalizer(ascii_only=True)
 
 
 def normalize(text):
-    return (ASCII_NORMALIZER if text.isascii() else NORMALIZER).normalize_str(text)
+    if text.isascii():
+        return ASCII_NORMALIZER.normalize_str(text)
+    # Broken JSON escapes give halves of surrogate pairs, which the library refuses
+    return NORMALIZER.normalize_str(text.encode("utf-8", "ignore").decode())
 
 
 def train_tokenizer(texts, vocab_size):
@@ -165,21 +168,13 @@ def train_tokenizer(texts, vocab_size):
 
 
 def text_of(row, where):
-    """(text, None) of one row of a table, or (None, reason)."""
     if not isinstance(row, dict) or "text" not in row:
-        columns = ascii(list(row)[:9])[:200] if isinstance(row, dict) else "no columns"
-        return None, f'{where}: no column "text", but {columns}'
+        return None, f'{where}: no column "text", but {row!a:.120}'
     if not isinstance(row["text"], str):
         return None, f'{where}: column "text" holds {type(row["text"]).__name__}, not a string'
     if len(row["text"]) > MAX_DOCUMENT:
         return None, f"{where}: over {MAX_DOCUMENT:,} characters"
-    return without_surrogates(row["text"]), None
-
-
-def without_surrogates(text):
-    """Without the halves of character pairs that broken JSON escapes give: tokenizers refuses them.
-    """
-    return text.encode("utf-8", "ignore").decode("utf-8")
+    return row["text"], None
 
 
 def read_jsonl(stream, path):
@@ -193,11 +188,9 @@ def read_jsonl(stream, path):
             yield None, f"{where}: over {MAX_DOCUMENT:,} bytes"
         elif not line.isspace():
             try:
-                yield text_of(json.loads(line.decode("utf-8-sig")), where)
-            except UnicodeDecodeError:
-                yield None, f"{where}: not UTF-8"
+                yield text_of(json.loads(line), where)
             except (ValueError, RecursionError) as error:
-                yield None, f"{where}: not JSON ({error})"
+                yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
 def read_json(stream, path):
@@ -208,28 +201,22 @@ def read_json(stream, path):
         yield from read_jsonl(stream, path)
         return
     content = stream.read(MAX_LIST + 1)
-    try:
-        if len(content) > MAX_LIST:
-            raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
-        rows = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        yield None, f"{path}: cannot be read as JSON ({error})"
-        return
-    for number, row in enumerate(rows, 1):
+    if len(content) > MAX_LIST:
+        raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
+    for number, row in enumerate(json.loads(content), 1):
         yield text_of(row, f"{path} row {number}")
 
 
 def read_txt(stream, path):
-    """Pieces of about PIECE characters, each a document, cut at line ends (or inside a line that
-    is longer than a piece)."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+    """Documents of about PIECE characters, cut at line ends (or inside a longer line)."""
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="replace")
     replaced = 0
     while piece := text.read(PIECE):
-        piece, bad_bytes = re.subn("[\udc80-\udcff]", "\ufffd", piece + text.readline(PIECE))
-        replaced += bad_bytes
+        piece += text.readline(PIECE)
+        replaced += piece.count("\ufffd")  # becomes a space in `normalize`
         yield piece, None
     if replaced:
-        yield None, f"{path}: {replaced:,} bytes that are not UTF-8 became spaces"
+        yield None, f"{path}: {replaced:,} bytes that are not UTF-8 (or U+FFFD) became spaces"
 
 
 def read_parquet(stream, path):
@@ -246,6 +233,7 @@ def read_parquet(stream, path):
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
 KINDS = ", ".join(READERS)
+DAMAGE = (EOFError, ValueError, RecursionError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def kind(path):
@@ -261,28 +249,17 @@ def open_file(path):
     return xopen(path, "rb")
 
 
-def is_damage(error):
-    """Whether the file is bad, rather than the disk or the network."""
-    if type(error) is OSError:
-        return error.errno is None  # then it is pyarrow's: a page that cannot be decoded
-    return isinstance(error, (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error))
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
 def read_file(path):
-    """Documents of one file, local or hf://. A damaged file, such as a download that broke off,
-    gives those before the damage."""
+    """Documents of one file, local or hf://; of a damaged one those before the damage."""
     unpack = UNPACK.get(os.path.splitext(path.lower())[1])
     try:
         with open_file(path) as raw:
             yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
     except Exception as error:
-        if not is_damage(error):
-            raise
-        yield None, f"{path}: the file is damaged or cut off ({one_line(error)})"
+        bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
+        if not (bad_page or isinstance(error, DAMAGE)):
+            raise  # a fault of the disk or the network
+        yield None, f"{path}: the file is damaged, cut off or too large ({error!r:.120})"
 
 
 def python_docs(_):
@@ -304,7 +281,7 @@ def python_docs(_):
         except (SyntaxError, ValueError, RecursionError):  # the parser's own test cases
             continue
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        yield without_surrogates("\n".join(filter(None, docs))), None
+        yield "\n".join(filter(None, docs)), None
 
 
 # A source of your own: a function that yields documents as a reader does, under its --source name
@@ -378,7 +355,7 @@ class Source:
             except Exception as error:  # of any of four HTTP libraries
                 if revision is None:
                     raise UnusableSource(
-                        f"cannot open {repository} on the Hugging Face hub ({one_line(error)}). "
+                        f"cannot open {repository} on the Hugging Face hub ({error!r:.120}). "
                         "Without a network, use --source python-docs or a path to text files of "
                         "your own.") from None
                 self.wait(error)
@@ -412,9 +389,9 @@ class Source:
         self.outage_began = self.outage_began or now
         if now - self.outage_began > OUTAGE_SECONDS:
             raise SystemExit(f"--source {self.name}: no answer from the hub for "
-                             f"{OUTAGE_SECONDS // 60} minutes ({one_line(error)}). Start the same "
+                             f"{OUTAGE_SECONDS // 60} minutes ({error!r:.120}). Start the same "
                              "command again to resume from here.")
-        tqdm.write(f"the hub does not answer ({one_line(error)}); trying again in "
+        tqdm.write(f"the hub does not answer ({error!r:.120}); trying again in "
                    f"{RETRY_SECONDS} s, for {OUTAGE_SECONDS // 60} minutes in all")
         time.sleep(RETRY_SECONDS)
 
