@@ -289,139 +289,104 @@ BUILT_IN = {"python-docs": python_docs}
 
 
 def local_files(pattern, out):
-    """The readable files of a path, folder or glob, sorted. Prints how many files of which kind
-    are read, and how many are not."""
+    """The readable files of a path, folder or glob, sorted. Prints what is read and what is not."""
     path, out = Path(pattern), out.resolve()
     found = path.rglob("*") if path.is_dir() else (
         [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
     ours = (out / "meta.json", out / "tokenizer.json")
-    files, read, others = [], Counter(), Counter()
+    read, not_read, files = Counter(), Counter(), []
     for f in sorted(found):
         if f.resolve() in ours or out / "work" in f.resolve().parents:
             continue
         if f.is_file() and kind(str(f)) in READERS:
-            files.append(str(f))
             read[kind(str(f))] += 1
+            files.append(str(f))
         elif f.is_file() or f.is_symlink():
-            others["linked folders" if f.is_dir() else kind(str(f)) or "without ending"] += 1
-    skipped = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()))
+            not_read["linked folders" if f.is_dir() else kind(str(f)) or "without ending"] += 1
+
+    read, not_read = (", ".join(f"{n:,} {what}" for what, n in sorted(counter.items()))
+                      for counter in (read, not_read))
     if not files:
         raise SystemExit(
-            f"--source {pattern}: nothing to read there" + f" (only {skipped})" * bool(others)
-            + f". Give one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} "
-            "files; all but .parquet may end in .gz or .xz")
-    print("files: " + ", ".join(f"{n:,} {what}" for what, n in sorted(read.items()))
-          + f"; not read: {skipped}" * bool(others))
+            f"--source {pattern}: nothing to read there (only {not_read or 'nothing'}). Give one "
+            f"of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; all "
+            "but .parquet may end in .gz or .xz")
+    print(f"files: {read}; not read: {not_read or 'none'}")
     return files
 
 
-class UnusableSource(Exception):
-    """Too little text, or none: nothing of this run is worth keeping."""
+def hub_files(name, known):
+    """The files of a repository on the hub, as hf://datasets/NAME@REVISION/PATH. A run that resumes
+    gives those it knows: the repository may have changed since."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    if known:
+        return known
+    try:
+        return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
+    except Exception as error:  # of any of four HTTP libraries
+        raise SystemExit(
+            f"cannot open {HUB[name][0]} on the Hugging Face hub ({error!r:.120}). Without a "
+            "network, use --source python-docs or a path to text files of your own.") from None
 
 
-class Source:
-    """The documents of --source, from the start or from where an earlier run stopped.
-
-    That place is the cursor: the number of the file, how many rows of it have been read, and how
-    many documents in all.
-    """
-
-    START = {"documents": 0, "file": 0, "row": 0}
-
-    def __init__(self, name, out):
-        self.name, self.revision, self.outage_began = name, None, None
-        self.files, self.sizes = [], []  # those of the hub: see connect
-        if name in BUILT_IN:
-            self.files = [name]
-        elif name not in HUB:
-            self.files = local_files(name, out)
-            self.sizes = [*map(os.path.getsize, self.files)]
-
-    def connect(self, revision):
-        """List the files of the repository on the hub. A run that resumes gives the revision that
-        it began with, since the cursor may mean another document after a change."""
-        import datasets
-
-        datasets.disable_progress_bars()
-        for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
-            logging.getLogger(library).setLevel(logging.CRITICAL)
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-        repository, configuration = HUB[self.name]
-        while not self.files:
-            try:
-                builder = datasets.load_dataset_builder(
-                    repository, configuration, revision=revision)
-                self.files = list(builder.config.data_files["train"])
-            except Exception as error:  # of any of four HTTP libraries
-                if revision is None:
-                    raise UnusableSource(
-                        f"cannot open {repository} on the Hugging Face hub ({error!r:.120}). "
-                        "Without a network, use --source python-docs or a path to text files of "
-                        "your own.") from None
-                self.wait(error)
-        self.revision = re.search("@([0-9a-f]+)/", self.files[0])[1]  # hf://datasets/R@SHA/...
-
-    def documents(self, cursor):
-        """Yields (text, reason) as the readers do; self.cursor is then the place behind it."""
-        self.cursor = dict(cursor)
-        while self.cursor["file"] < len(self.files):
-            file = self.files[self.cursor["file"]]
-            if self.cursor["row"] and self.name in HUB:
-                tqdm.write(f"reading {file} again from its start, up to document "
-                           f"{self.cursor['row']:,}")
-            try:
-                read = BUILT_IN.get(file, read_file)
-                for document in itertools.islice(read(file), self.cursor["row"], None):
-                    self.outage_began = None
-                    self.cursor["documents"] += 1
-                    self.cursor["row"] += 1
-                    yield document
-            except Exception as error:
-                if self.name not in HUB:
-                    raise
-                self.wait(error)
-            else:
-                self.cursor.update(file=self.cursor["file"] + 1, row=0)
-
-    def wait(self, error):
-        """Sleep until the next attempt to reach the hub, or stop after a long outage."""
-        now = time.monotonic()
-        self.outage_began = self.outage_began or now
-        if now - self.outage_began > OUTAGE_SECONDS:
-            raise SystemExit(f"--source {self.name}: no answer from the hub for "
-                             f"{OUTAGE_SECONDS // 60} minutes ({error!r:.120}). Start the same "
-                             "command again to resume from here.")
-        tqdm.write(f"the hub does not answer ({error!r:.120}); trying again in "
-                   f"{RETRY_SECONDS} s, for {OUTAGE_SECONDS // 60} minutes in all")
-        time.sleep(RETRY_SECONDS)
-
-    def sample(self, limit):
-        """Text to train the tokenizer on, about `limit` characters: a share of each local file by
-        size, or the beginning of any other source."""
-        used, due, total = 0, 0, sum(self.sizes)
-        parts = [(limit * size / max(1, total), read_file(file))
-                 for file, size in zip(self.files, self.sizes, strict=False)]
-        with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
-                  total=limit if self.name in HUB or total > limit else None) as bar:
-            for share, documents in parts or [(limit, self.documents(self.START))]:
-                due += share
-                for text, _ in documents if used < due else ():
-                    if text:
-                        yield from pieces(text)
-                        bar.update(len(text))
-                        used += len(text)
-                        if used >= due:
-                            break
+def documents(files, file=0, row=0):
+    """Yields (text, reason, cursor), text and reason as the readers do. The cursor says where to
+    resume behind this document: the number of the file and of the row in it."""
+    outage_began = None
+    while file < len(files):
+        path = files[file]
+        on_hub = path.startswith("hf://")
+        if row and on_hub:
+            tqdm.write(f"reading {path} again from its start, up to document {row:,}")
+        try:
+            for text, reason in itertools.islice(BUILT_IN.get(path, read_file)(path), row, None):
+                outage_began = None
+                row += 1
+                yield text, reason, (file, row)
+            file, row = file + 1, 0
+        except Exception as error:
+            if not on_hub:
+                raise
+            outage_began = outage_began or time.monotonic()
+            if time.monotonic() - outage_began > OUTAGE_SECONDS:
+                raise OSError(f"the hub has not answered for {OUTAGE_SECONDS // 60} minutes "
+                              f"({error!r:.120})") from None
+            tqdm.write(f"the hub does not answer ({error!r:.120}); trying again for up to "
+                       f"{OUTAGE_SECONDS // 60} minutes")
+            time.sleep(RETRY_SECONDS)
 
 
-def printable(path):
-    """A file name in which bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def sample(files, limit):
+    """Text to train the tokenizer on, about `limit` characters: a share of each local file by
+    size, or the beginning of another source."""
+    if files[0] in BUILT_IN or files[0].startswith("hf://"):
+        parts, total = [(limit, documents(files))], limit
+    else:
+        sizes = [*map(os.path.getsize, files)]
+        total = min(limit, sum(sizes))
+        parts = [(limit * size / max(1, sum(sizes)), read_file(f)) for f, size in zip(files, sizes)]
+    used = due = 0
+    with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
+              total=total) as bar:
+        for share, part in parts:
+            due += share
+            for text, *_ in part:
+                if used >= due:
+                    break
+                if text:
+                    yield from pieces(text)
+                    bar.update(len(text))
+                    used += len(text)
 
 
 def pieces(text):
-    """Lines of a text, cut at spaces where longer than PIECE. Normalising takes 20 bytes of memory
-    a character, tokenizing more, and most lines are ASCII, which is faster."""
+    """Lines of a text, cut at spaces where longer than PIECE: tokenizing takes over 20 bytes of
+    memory a character. Most lines are ASCII, which is faster."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -448,10 +413,6 @@ def start_worker(tokenizer_json):
                      daemon=True).start()
 
 
-def tokenize(texts):
-    return [tokenize_document(text) for text in texts]
-
-
 def tokenize_document(text):
     """(token ids as uint16, characters of the normalised text, its 64-bit hash)"""
     digest, ids, characters = hashlib.blake2b(digest_size=8), [np.zeros(0, np.uint16)], 0
@@ -463,36 +424,41 @@ def tokenize_document(text):
     return np.concatenate(ids), max(0, characters - 1), int.from_bytes(digest.digest(), "little")
 
 
-def chunks(source, cursor):
-    """Yields work for one call: (texts, reasons of invalid ones, the cursor behind them)."""
+def tokenize(texts):
+    return [tokenize_document(text) for text in texts]
+
+
+def chunks(files, start):
+    """Yields the work for one call: (texts, reasons of invalid ones, the cursor behind them)."""
     texts, reasons, size = [], [], 0
-    for text, reason in source.documents(cursor):
+    for text, reason, cursor in documents(files, *start):
         if text is None:
             reasons.append(reason)
         else:
             texts.append(text)
             size += len(text)
         if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
-            yield texts, reasons, dict(source.cursor)
+            yield texts, reasons, cursor
             texts, reasons, size = [], [], 0
     if texts or reasons:
-        yield texts, reasons, dict(source.cursor)
+        yield texts, reasons, cursor
 
 
-def in_parallel(jobs, tokenizer_json):
-    """Tokenize chunks on all cores, in order, with never more than a few in memory."""
+def tokenize_chunks(chunks, tokenizer_json):
+    """Yields (chunk, its tokenized documents) in order, from all cores; reads only a few ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(cores or 1, 61)  # Windows waits for no more
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         try:
-            for chunk in itertools.chain(jobs, [None]):
-                if chunk:
-                    waiting.append((chunk, pool.submit(tokenize, chunk[0])))
-                while waiting and (chunk is None or len(waiting) > 2 * cores):
-                    done, future = waiting.popleft()
-                    yield done, future.result()
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(tokenize, chunk[0])))
+                if len(waiting) > 2 * cores:
+                    chunk, future = waiting.popleft()
+                    yield chunk, future.result()
+            for chunk, future in waiting:
+                yield chunk, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -532,12 +498,9 @@ class DuplicateTable:
         table = np.zeros(DUPLICATE_SLOTS, np.uint64)
         self.log = open_at(path, 8 * entries)
         self.log.seek(0)
-        for start in range(0, entries, 2**20):  # the last of two entries in a slot stays
-            hashes = np.fromfile(self.log, np.uint64, min(2**20, entries - start))
-            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes
-        self.log.seek(8 * entries)
+        while len(hashes := np.fromfile(self.log, np.uint64, 2**20)):
+            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the later of two in a slot stays
         self.slots = memoryview(table)
-        self.entries = entries
 
     def add(self, digest):
         """Add a hash; returns whether it was there already."""
@@ -546,7 +509,6 @@ class DuplicateTable:
             return True
         self.slots[slot] = digest
         self.log.write(digest.to_bytes(8, "little"))
-        self.entries += 1
         return False
 
 
@@ -557,28 +519,26 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 class Packer:
     """Appends documents to work/train.tokens and work/val.tokens.
 
-    save() flushes them and records their sizes in work/progress.json. A run that resumes cuts off
-    what was written after the last save.
+    save() flushes them and records how much they hold. A run that resumes cuts off what was
+    written after the last save.
     """
 
     def __init__(self, work, seq_len):
-        self.path, self.seq_len = work / "progress.json", seq_len
-        self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0}
+        self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
+        self.cursor, self.counts = (0, 0), dict.fromkeys(COUNTS, 0)
         if self.path.exists():
-            self.progress = json.loads(self.path.read_text())
-            print(f"resuming after {self.progress['cursor']['documents']:,} documents")
-        self.counts = self.progress["counts"]
+            progress = json.loads(self.path.read_text())
+            self.cursor, self.counts = progress["cursor"], progress["counts"]
+            print(f"resuming after {self.counts['documents_read']:,} documents")
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
-        self.duplicates = DuplicateTable(work / "document.hashes", self.progress["hashes"])
-        self.saved_at = time.monotonic()
+        self.duplicates = DuplicateTable(work / "document.hashes", self.counts["documents_kept"])
 
     def save(self):
         for f in (self.train, self.val, self.duplicates.log):
             f.flush()
             os.fsync(f.fileno())
-        self.progress["hashes"] = self.duplicates.entries
-        write_atomic(self.path, self.progress)
+        write_atomic(self.path, {"cursor": self.cursor, "counts": self.counts})
         self.saved_at = time.monotonic()
 
     def add_document(self, ids, characters, digest):
@@ -607,27 +567,29 @@ class Packer:
         return "documents_kept"
 
 
-def pack(source, tokenizer_json, work, seq_len, target):
+def pack(files, tokenizer_json, work, seq_len, target):
     """Read, tokenize and pack documents until there are `target` training tokens.
 
-    The bytes do not depend on interruptions: progress is saved and the target checked only between
-    chunks, and the chunks are always the same. Returns the counts.
+    Interruptions do not change the bytes: chunks are always the same, and only between them is
+    progress saved and the target checked. Returns the counts.
     """
     packer = Packer(work, seq_len)
     counts = packer.counts
-    enough = counts["train_tokens"] >= target
-    todo = () if enough else chunks(source, packer.progress["cursor"])
+    if counts["train_tokens"] >= target:
+        return counts  # stopped later, when ordering the rows
+    todo = chunks(files, packer.cursor)
     with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=target if source.name in HUB else None, mininterval=BAR_SECONDS) as bar:
-        for (_, reasons, cursor), documents in in_parallel(todo, tokenizer_json):
-            counts["documents_read"] += len(documents) + len(reasons)
+              total=target if files[0].startswith("hf://") else None,
+              mininterval=BAR_SECONDS) as bar:
+        for (_, reasons, cursor), tokenized in tokenize_chunks(todo, tokenizer_json):
             for reason in reasons:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
-            for document in documents:
+            for document in tokenized:
                 counts[packer.add_document(*document)] += 1
-            packer.progress["cursor"] = cursor
+            counts["documents_read"] += len(tokenized) + len(reasons)
+            packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
                 break
@@ -635,16 +597,6 @@ def pack(source, tokenizer_json, work, seq_len, target):
                 packer.save()
     packer.save()
     return counts
-
-
-def check_enough(counts, seq_len):
-    if counts["train_tokens"] < seq_len:
-        tokens = counts["train_tokens"] + counts["val_tokens"]
-        raise UnusableSource(
-            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
-            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense). It takes two rows of {seq_len}, to train "
-            "on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
 
 
 # ------------------------------------------------------------------------------- 6. Order
@@ -663,55 +615,51 @@ def row_key(rows, dot):
     return (rows == dot).sum(1)
 
 
-def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
+def order_rows(work, out_path, seq_len, dot, vocab_size):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
-    Ties are shuffled, since in the order of the source training would see one file after another.
-    To do so in little memory, the rows with one key are dealt in turn to n buckets, which are
-    adjacent parts of the output: row r of them becomes row r // n of bucket r mod n. Then each
-    bucket is shuffled in place.
+    Rows with the same number are shuffled: in the order of the source, training would see one file
+    after another. To do so in little memory, they are dealt in turn to buckets, files that are
+    shuffled one by one.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    n_rows, row_bytes = os.path.getsize(tokens_path) // (2 * seq_len), 2 * seq_len
+    tokens_path = work / "train.tokens"
+    n_rows = os.path.getsize(tokens_path) // (2 * seq_len)
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows in row_blocks(tokens_path, n_rows, seq_len):
         per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-
-    first_bucket, sizes = {}, []
     n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
-    for key in reversed(range(seq_len + 1)):
-        first_bucket[key] = len(sizes)
-        sizes += [len(range(k, per_key[key], n_buckets[key])) for k in range(n_buckets[key])]
-    starts = [0, *itertools.accumulate(sizes)]
 
-    out_path.unlink(missing_ok=True)  # of a run killed just before its end; saves disk space
-    part = out_path.with_suffix(".part")
-    digest, rows_placed = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
-                                      total=2 * n_rows, mininterval=BAR_SECONDS) as bar:
+    folder, part = work / "buckets", out_path.with_suffix(".part")
+    for path in (part, out_path):  # of a run that was killed here: saves disk space
+        path.unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
+    with tqdm(desc="ordering", unit="row", unit_scale=True, total=2 * n_rows,
+              mininterval=BAR_SECONDS) as bar, open(part, "wb") as f:
         for rows in row_blocks(tokens_path, n_rows, seq_len):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
-                n, group = n_buckets[key], rows[keys == key]
-                rank = rows_placed[key] + np.arange(len(group))
+                same, n = rows[keys == key], n_buckets[key]
                 for k in range(n):
-                    mine = np.flatnonzero(rank % n == k)  # neighbours in the bucket
-                    if len(mine):
-                        place = starts[first_bucket[key] + k] + int(rank[mine[0]] // n)
-                        f.seek(place * row_bytes)
-                        f.write(group[mine].tobytes())
-                rows_placed[key] += len(group)
+                    with open(folder / f"{key}.{k}", "ab") as bucket:
+                        bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
+                dealt[key] += len(same)
             bar.update(len(rows))
-        for bucket, size in enumerate(sizes):
-            f.seek(starts[bucket] * row_bytes)
-            rows = np.fromfile(f, np.uint16, size * seq_len).reshape(-1, seq_len)
-            shuffled = rows[np.random.default_rng(bucket).permutation(size)].tobytes()
-            f.seek(starts[bucket] * row_bytes)
+
+        paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
+                 for k in range(n_buckets[key])]
+        for seed, path in enumerate(paths):
+            rows = np.fromfile(path, np.uint16).reshape(-1, seq_len)
+            path.unlink()
+            shuffled = rows[np.random.default_rng(seed).permutation(len(rows))].tobytes()
             f.write(shuffled)
             digest.update(shuffled)
-            bar.update(size)
+            bar.update(len(rows))
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, out_path)
@@ -773,59 +721,52 @@ def parse_arguments():
 
 
 def read_earlier(out, work, arguments):
-    """What an earlier run recorded here. Stops if it had other arguments."""
-    start_over = f"delete {out / 'meta.json'} and {work} to start over"
-    earlier = {}
-    for path in (work / "arguments.json", out / "meta.json"):
-        if path.exists():
-            try:
-                earlier = json.loads(path.read_text())
-                differs = [key for key in arguments
-                           if earlier["arguments"].get(key) != arguments[key]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise SystemExit(f"{path} is damaged: {start_over}") from None
-            if differs:
-                raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
-                                 f"another --out, or {start_over}")
+    """The record of an earlier run in this folder, or {}. Stops if its arguments were others."""
+    finished = out / "meta.json"
+    path = finished if finished.exists() else work / "arguments.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        earlier = record.get("arguments", {})
+        if differs := [key for key in arguments if earlier.get(key) != arguments[key]]:
+            raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give another "
+                             f"--out, or delete {finished} and {work} to start over")
+        return record
     if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
         raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
-    return earlier
+    return {}
 
 
-def report(meta):
-    read = meta["documents_read"]
-    dropped = (f"{meta[key]:,} {key.replace('dropped_', '')} ({meta[key] / read:.2%})" for key in
-               ("invalid", "empty", "dropped_density", "dropped_duplicate"))
-    print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
-          f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
-          f"to train on, {meta['val_rows']:,} rows to validate on\n"
-          f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
-          f"{meta['unigram_entropy']:.3f} nats"
-          + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
+def printable(path):
+    """A file name in which bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def prepare(source, args, out, work):
+def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
+        tokenizer = train_tokenizer(sample(files, TOKENIZER_CHARS), args.vocab_size)
         write_atomic(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = tokenizer.get_vocab_size()
 
-    counts = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
+    counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
     tokens = counts["train_tokens"] + counts["val_tokens"]
+    if counts["train_tokens"] < args.seq_len:
+        shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise SystemExit(
+            f"--source {args.source}: too little text: {tokens:,} tokens of "
+            f"{counts['documents_read']:,} documents ({counts['empty']:,} are empty, "
+            f"{counts['invalid']:,} invalid, {counts['dropped_density']:,} too dense). It takes "
+            f"two rows of {args.seq_len}, to train on and to validate on"
+            + DENSITY_HINT * (counts["dropped_density"] > 0))
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
-    if counts["train_tokens"] < args.seq_len:
-        raise UnusableSource(
-            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
-            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense). It takes two rows of {args.seq_len}, to "
-            "train on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
 
-    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
+    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)
     val = np.fromfile(work / "val.tokens", np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
@@ -842,36 +783,45 @@ def prepare(source, args, out, work):
     }
 
 
+def report(meta):
+    read = meta["documents_read"]
+    dropped = (f"{meta[key]:,} {key.replace('dropped_', '')} ({meta[key] / read:.2%})" for key in
+               ("invalid", "empty", "dropped_density", "dropped_duplicate"))
+    print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
+          f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
+          f"to train on, {meta['val_rows']:,} rows to validate on\n"
+          f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
+          f"{meta['unigram_entropy']:.3f} nats"
+          + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
+
+
 def main():
     args = parse_arguments()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / "work"
-    source = Source(args.source, out)
     arguments = {"version": VERSION, "source": printable(args.source), "tokens": args.tokens,
-                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": [
-                     [printable(f), os.path.getsize(f)] for f in source.files if source.sizes]}
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": []}
+    if args.source not in (*HUB, *BUILT_IN):
+        files = local_files(args.source, out)
+        arguments["files"] = [[printable(f), os.path.getsize(f)] for f in files]
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
         print(f"{out} is complete already")
         return
 
+    record = {"source": arguments["source"], "arguments": arguments}
+    if args.source in HUB:
+        record["hub_files"] = files = hub_files(args.source, earlier.get("hub_files"))
+        record["revision"] = re.search("@([0-9a-f]+)/", files[0])[1]
+    elif args.source in BUILT_IN:
+        files = [args.source]
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock_folder(work):
-            if args.source in HUB:
-                source.connect(earlier.get("revision"))
-            record = {"source": arguments["source"], "revision": source.revision,
-                      "arguments": arguments}
-            write_atomic(work / "arguments.json", record)
-            meta = {**record, **prepare(source, args, out, work)}
-            write_atomic(out / "meta.json", meta)
-    except UnusableSource as error:
-        shutil.rmtree(work)
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise SystemExit(f"--source {args.source}: {error}") from None
+    with lock_folder(work):
+        write_atomic(work / "arguments.json", record)
+        meta = {**prepare(files, args, out, work), **record}
+        write_atomic(out / "meta.json", meta)
     shutil.rmtree(work)
     report(meta)
 
@@ -882,6 +832,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has gone, perhaps in the middle of drawing a progress bar:
         os._exit(1)  # an orderly exit could wait for the lock of that bar for ever
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        sys.exit(f"prepare.py stopped: {error}. Fix that, then start the same command to resume.")
+        sys.exit(f"prepare.py stopped: {error}. Start the same command again to resume.")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; start the same command again to resume")
+        sys.exit("\nstopped. Start the same command again to resume.")
