@@ -59,35 +59,38 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
 DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
-TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
+TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
-VAL_EVERY = 100  # one document in so many is held out for validation ...
-VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); later ones are unused
+VAL_EVERY = 100  # one document in 100 is held out for validation ...
+VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); the rest is unused
 
-MAX_DOCUMENT = 50_000_000  # bytes on one line; a longer line is skipped
-MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
-PIECE = 100_000  # characters: at most this much is tokenized at once; a document of a .txt file
-BUCKET_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
-READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
+# Memory is bounded by these
+MAX_DOCUMENT = 50_000_000  # bytes; a longer document is skipped
+MAX_LIST = 100_000_000  # bytes of a .json file that is one list; a longer one is skipped
+PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
+BUCKET_TOKENS = 25_600_000  # shuffled at once (51 MB)
+READ_TOKENS = 8_388_608  # read at once when ordering rows (17 MB)
+
 SAVE_SECONDS = 5  # a killed run loses about this much work
 BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
-OUTAGE_SECONDS = 1800  # without an answer from the hub, then the run stops
-RETRY_SECONDS = 30  # between attempts, each of which takes the client 20 to 90 s
-REASONS_SHOWN = 20  # why documents and files were skipped; the rest are only counted
+OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
+RETRY_SECONDS = 30  # between attempts; one attempt of the hub's client takes 20 to 90 s
+RESUME = "Start the same command again to resume."
+REASONS_SHOWN = 20  # skipped documents and files that are named; the others are only counted
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
-# What becomes of characters outside ASCII (Oniguruma patterns). GLUE is nearly all ASCII, so its
-# forms are the ones to learn. No loss may glue words together or change a number.
+# How characters outside ASCII are replaced (Oniguruma patterns). GLUE is nearly all ASCII, so the
+# replacements are what GLUE writes. None may glue words together or change a number.
 
-BEFORE_DECOMPOSING = [  # NFKD would lose these or confuse them with something else
+BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
     ("[“”„‟«»″\x93\x94]", '"'),  # \x91 to \x97: Windows-1252, read as Latin-1
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
-    # Insertions: never before the first character, where the library would panic
+    # Insertions; the library panics on one before the first character
     (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
     (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
     (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
@@ -110,9 +113,9 @@ LAST = [
 def build_normalizer(ascii_only=False):
     """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
-    Our deviation: the paper drops all that is not ASCII. Here the tables above come first, and what
-    is left (other scripts, emoji, controls) becomes a space. `ascii_only` leaves out what cannot
-    occur in ASCII text: the same result in a quarter of the time.
+    The paper drops every character outside ASCII. We deviate: the tables above replace what they
+    can, the rest (other scripts, emoji, controls) becomes a space. `ascii_only` gives the same
+    result for ASCII text in a quarter of the time.
     """
     def replace(table):
         return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
@@ -136,18 +139,18 @@ def normalize(text):
 
 
 def train_tokenizer(texts, vocab_size):
-    """WordPiece over an iterator of strings; the same text gives the same file everywhere.
+    """WordPiece from an iterator of strings; the same text gives the same file everywhere.
 
-    The library numbers "##" letters in hash order, which differs between processes and decides
-    between merges that are equally frequent. So the alphabet, all that build_normalizer leaves, is
-    given to it as special tokens, the only ones whose order it keeps, and the result is renumbered:
-    SPECIAL_TOKENS first, then sorted.
+    The library numbers "##" letters in hash order, which differs between processes and breaks ties
+    between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
+    characters that build_normalizer leaves) is passed as such. Then the ids are renumbered:
+    SPECIAL_TOKENS first, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False)
-    words = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
+    words = pre_tokenizers.Whitespace()  # splits at \w+|[^\w\s]+
     learned = Tokenizer(models.WordPiece(unk_token="<unk>"))
     learned.pre_tokenizer = words
     learned.train_from_iterator(map(normalize, texts), trainer)
@@ -164,7 +167,7 @@ def train_tokenizer(texts, vocab_size):
 
 # ------------------------------------------------------------------------------- 3. Sources
 # A reader yields (text, None) for each document and (None, reason) for one that cannot be read.
-# The order is always the same, so that a number of documents is a place to resume from.
+# A file always gives the same documents in the same order: their number is where to resume.
 
 
 def text_of(row, where):
@@ -263,7 +266,7 @@ def read_file(path):
 
 
 def python_docs(_):
-    """What ships inside every CPython: the language reference's topics, and each module's docs."""
+    """The documentation inside every CPython: the language reference and all docstrings."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some Linux distributions put it into a package of its own
@@ -308,16 +311,16 @@ def local_files(pattern, out):
                       for counter in (read, not_read))
     if not files:
         raise SystemExit(
-            f"--source {pattern}: nothing to read there (only {not_read or 'nothing'}). Give one "
-            f"of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; all "
-            "but .parquet may end in .gz or .xz")
+            f"--source {pattern}: nothing to read there (other files: {not_read or 'none'}). Give "
+            f"one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; "
+            "all but .parquet may end in .gz or .xz")
     print(f"files: {read}; not read: {not_read or 'none'}")
     return files
 
 
 def hub_files(name, known):
-    """The files of a repository on the hub, as hf://datasets/NAME@REVISION/PATH. A run that resumes
-    gives those it knows: the repository may have changed since."""
+    """The files of a repository on the hub: hf://datasets/NAME@REVISION/PATH. A resumed run passes
+    the files it began with as `known`: the repository may have changed since."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -335,8 +338,8 @@ def hub_files(name, known):
 
 
 def documents(files, file=0, row=0):
-    """Yields (text, reason, cursor), text and reason as the readers do. The cursor says where to
-    resume behind this document: the number of the file and of the row in it."""
+    """Yields (text, reason, cursor): a reader's pair, and the place behind it, from which a later
+    run resumes, as (number of the file, number of documents in it)."""
     outage_began = None
     while file < len(files):
         path = files[file]
@@ -354,8 +357,8 @@ def documents(files, file=0, row=0):
                 raise
             outage_began = outage_began or time.monotonic()
             if time.monotonic() - outage_began > OUTAGE_SECONDS:
-                raise OSError(f"the hub has not answered for {OUTAGE_SECONDS // 60} minutes "
-                              f"({error!r:.120})") from None
+                raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
+                                 f"({error!r:.120}). {RESUME}") from None
             tqdm.write(f"the hub does not answer ({error!r:.120}); trying again for up to "
                        f"{OUTAGE_SECONDS // 60} minutes")
             time.sleep(RETRY_SECONDS)
@@ -399,16 +402,16 @@ def pieces(text):
 
 
 # ------------------------------------------------------------------------------- 4. Workers
-# One process a core normalises, tokenizes and hashes; the parent reads, decides and writes.
+# One process per core normalises, tokenizes and hashes; the parent reads, decides and writes.
 
 
 def start_worker(tokenizer_json):
-    """Runs once in each process. The thread ends it when the parent is gone, even if killed."""
+    """Runs once in each process. The thread ends the process when its parent has died."""
     global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
-    tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
+    tokenizer.normalizer = normalizers.Sequence([])  # `normalize` is faster
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
                      daemon=True).start()
 
@@ -429,7 +432,7 @@ def tokenize(texts):
 
 
 def chunks(files, start):
-    """Yields the work for one call: (texts, reasons of invalid ones, the cursor behind them)."""
+    """Yields (texts, reasons for invalid documents, the cursor behind them): one worker's job."""
     texts, reasons, size = [], [], 0
     for text, reason, cursor in documents(files, *start):
         if text is None:
@@ -447,7 +450,7 @@ def chunks(files, start):
 def tokenize_chunks(chunks, tokenizer_json):
     """Yields (chunk, its tokenized documents) in order, from all cores; reads only a few ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores or 1, 61)  # Windows waits for no more
+    cores = min(cores or 1, 61)  # the limit on Windows
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
@@ -602,46 +605,40 @@ def pack(files, tokenizer_json, work, seq_len, target):
 # ------------------------------------------------------------------------------- 6. Order
 
 
-def row_blocks(path, n_rows, seq_len):
+def row_blocks(path, seq_len):
     with open(path, "rb") as f:
-        at_once = max(1, READ_TOKENS // seq_len)
-        for start in range(0, n_rows, at_once):
-            count = min(at_once, n_rows - start)
-            yield np.fromfile(f, np.uint16, count * seq_len).reshape(count, seq_len)
+        while len(tokens := np.fromfile(f, np.uint16, READ_TOKENS // seq_len * seq_len)) >= seq_len:
+            yield tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
 
 
 def row_key(rows, dot):
-    """From 0 to seq_len for each row; the largest come first. Another order goes here."""
+    """An integer from 0 to seq_len per row; rows with the largest come first."""
     return (rows == dot).sum(1)
 
 
 def order_rows(work, out_path, seq_len, dot, vocab_size):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
-    Rows with the same number are shuffled: in the order of the source, training would see one file
-    after another. To do so in little memory, they are dealt in turn to buckets, files that are
-    shuffled one by one.
+    Rows with the same number are shuffled: training must not see one source file after another.
+    They may not fit in memory, so they are dealt in turn to buckets (files), each shuffled alone.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
     tokens_path = work / "train.tokens"
-    n_rows = os.path.getsize(tokens_path) // (2 * seq_len)
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
-    for rows in row_blocks(tokens_path, n_rows, seq_len):
+    for rows in row_blocks(tokens_path, seq_len):
         per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
+    n_rows, n_buckets = int(per_key.sum()), -(-per_key * seq_len // BUCKET_TOKENS)
 
     folder, part = work / "buckets", out_path.with_suffix(".part")
-    for path in (part, out_path):  # of a run that was killed here: saves disk space
-        path.unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left these
+    out_path.unlink(missing_ok=True)
     folder.mkdir()
     digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
     with tqdm(desc="ordering", unit="row", unit_scale=True, total=2 * n_rows,
               mininterval=BAR_SECONDS) as bar, open(part, "wb") as f:
-        for rows in row_blocks(tokens_path, n_rows, seq_len):
+        for rows in row_blocks(tokens_path, seq_len):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
                 same, n = rows[keys == key], n_buckets[key]
@@ -672,8 +669,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
 
 
 def lock_folder(work):
-    """Stop if another prepare.py is writing here. The lock ends with the process, even a killed
-    one."""
+    """Stop if another prepare.py is writing here. A lock ends with its process, even if killed."""
     f = open(work / "arguments.lock", "w")
     try:
         if fcntl:
@@ -682,12 +678,12 @@ def lock_folder(work):
         raise SystemExit(f"another prepare.py is writing to {work.parent}: wait for it, or give "
                          "another --out") from None
     except OSError as error:  # a file system without locks
-        print(f"cannot lock {work.parent} ({error}): start no second prepare.py on it")
+        print(f"cannot lock {work.parent} ({error}): do not start a second prepare.py on it")
     return f
 
 
 def token_count(text):
-    """Also 500k, 200M and 1.5G."""
+    """A number, also as 500k, 200M or 1.5G."""
     return float(text.upper().replace("K", "e3").replace("M", "e6").replace("G", "e9"))
 
 
@@ -700,7 +696,7 @@ def parse_arguments():
         f"or glob of {KINDS} files, all but .parquet also .gz or .xz, with a column \"text\" "
         "(default: %(default)s)"))
     parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
-        "stop after about so many training tokens, such as 200M or 1.5G (default: %(default)s, "
+        "stop after about this many training tokens, such as 200M or 1.5G (default: %(default)s, "
         "what the paper's A6000 reads in 24 h; 18 GB on disk, 39 GB while it is made)"))
     parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32_768,
@@ -721,7 +717,7 @@ def parse_arguments():
 
 
 def read_earlier(out, work, arguments):
-    """The record of an earlier run in this folder, or {}. Stops if its arguments were others."""
+    """What an earlier run in this folder recorded, or {}. Stops if its arguments were different."""
     finished = out / "meta.json"
     path = finished if finished.exists() else work / "arguments.json"
     if path.exists():
@@ -732,7 +728,7 @@ def read_earlier(out, work, arguments):
                              f"--out, or delete {finished} and {work} to start over")
         return record
     if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
-        raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
+        raise SystemExit(f"{work} holds files that prepare.py did not write: give another --out")
     return {}
 
 
@@ -790,7 +786,7 @@ def report(meta):
     print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
           f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
           f"to train on, {meta['val_rows']:,} rows to validate on\n"
-          f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
+          f"{meta['characters_per_token']:.2f} characters per token, unigram entropy "
           f"{meta['unigram_entropy']:.3f} nats"
           + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
@@ -807,7 +803,7 @@ def main():
         arguments["files"] = [[printable(f), os.path.getsize(f)] for f in files]
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
+        shutil.rmtree(work, ignore_errors=True)  # a run killed at its very end leaves it
         print(f"{out} is complete already")
         return
 
@@ -832,6 +828,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has gone, perhaps in the middle of drawing a progress bar:
         os._exit(1)  # an orderly exit could wait for the lock of that bar for ever
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        sys.exit(f"prepare.py stopped: {error}. Start the same command again to resume.")
+        sys.exit(f"prepare.py stopped: {error}. {RESUME}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped. Start the same command again to resume.")
+        sys.exit(f"\nstopped. {RESUME}")
