@@ -58,7 +58,6 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
-DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
@@ -72,7 +71,6 @@ BUCKET_TOKENS = 25_600_000  # shuffled at once (51 MB)
 READ_TOKENS = 8_388_608  # read at once when ordering rows (17 MB)
 
 SAVE_SECONDS = 5  # a killed run loses about this much work
-BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
 OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
 RETRY_SECONDS = 30  # between attempts; one attempt of the hub's client takes 20 to 90 s
 RESUME = "Start the same command again to resume."
@@ -244,19 +242,14 @@ def kind(path):
     return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
-def open_file(path):
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    from datasets.utils.file_utils import xopen  # of the hub
-
-    return xopen(path, "rb")
-
-
 def read_file(path):
     """Documents of one file, local or hf://; of a damaged one those before the damage."""
+    open_file = open
+    if path.startswith("hf://"):
+        from datasets.utils.file_utils import xopen as open_file
     unpack = UNPACK.get(os.path.splitext(path.lower())[1])
     try:
-        with open_file(path) as raw:
+        with open_file(path, "rb") as raw:
             yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
     except Exception as error:
         bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
@@ -291,30 +284,32 @@ def python_docs(_):
 BUILT_IN = {"python-docs": python_docs}
 
 
+def count_kinds(kinds):
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(kinds).items())) or "none"
+
+
 def local_files(pattern, out):
     """The readable files of a path, folder or glob, sorted. Prints what is read and what is not."""
     path, out = Path(pattern), out.resolve()
     found = path.rglob("*") if path.is_dir() else (
         [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
     ours = (out / "meta.json", out / "tokenizer.json")
-    read, not_read, files = Counter(), Counter(), []
+    files, others = [], []
     for f in sorted(found):
         if f.resolve() in ours or out / "work" in f.resolve().parents:
             continue
         if f.is_file() and kind(str(f)) in READERS:
-            read[kind(str(f))] += 1
             files.append(str(f))
-        elif f.is_file() or f.is_symlink():
-            not_read["linked folders" if f.is_dir() else kind(str(f)) or "without ending"] += 1
-
-    read, not_read = (", ".join(f"{n:,} {what}" for what, n in sorted(counter.items()))
-                      for counter in (read, not_read))
+        elif f.is_file():
+            others.append(kind(str(f)) or "without ending")
+        elif f.is_symlink():
+            others.append("linked folders")
     if not files:
         raise SystemExit(
-            f"--source {pattern}: nothing to read there (other files: {not_read or 'none'}). Give "
+            f"--source {pattern}: nothing to read there (other files: {count_kinds(others)}). Give "
             f"one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; "
             "all but .parquet may end in .gz or .xz")
-    print(f"files: {read}; not read: {not_read or 'none'}")
+    print(f"files: {count_kinds(map(kind, files))}; not read: {count_kinds(others)}")
     return files
 
 
@@ -364,6 +359,11 @@ def documents(files, file=0, row=0):
             time.sleep(RETRY_SECONDS)
 
 
+def progress_bar(desc, unit, total, done=0):
+    return tqdm(desc=desc, unit=unit, unit_scale=True, total=total, initial=done,
+                mininterval=0.1 if sys.stderr.isatty() else 60)
+
+
 def sample(files, limit):
     """Text to train the tokenizer on, about `limit` characters: a share of each local file by
     size, or the beginning of another source."""
@@ -374,8 +374,7 @@ def sample(files, limit):
         total = min(limit, sum(sizes))
         parts = [(limit * size / max(1, sum(sizes)), read_file(f)) for f, size in zip(files, sizes)]
     used = due = 0
-    with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
-              total=total) as bar:
+    with progress_bar("tokenizer", "char", total) as bar:
         for share, part in parts:
             due += share
             for text, *_ in part:
@@ -423,45 +422,42 @@ def tokenize_document(text):
         [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
         ids.append(np.array(encoding.ids, np.uint16))
         digest.update(normal.encode() + b" ")
-        characters += len(normal) + 1  # with the spaces between pieces
+        characters += len(normal) + 1  # 1 for the space between pieces
     return np.concatenate(ids), max(0, characters - 1), int.from_bytes(digest.digest(), "little")
 
 
-def tokenize(texts):
-    return [tokenize_document(text) for text in texts]
+def tokenize(chunk):
+    return [tokenize_document(text) for text, _ in chunk if text is not None]
 
 
 def chunks(files, start):
-    """Yields (texts, reasons for invalid documents, the cursor behind them): one worker's job."""
-    texts, reasons, size = [], [], 0
+    """Yields (a list of a reader's pairs, the cursor behind them): the work for one call."""
+    chunk, size = [], 0
     for text, reason, cursor in documents(files, *start):
-        if text is None:
-            reasons.append(reason)
-        else:
-            texts.append(text)
-            size += len(text)
-        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
-            yield texts, reasons, cursor
-            texts, reasons, size = [], [], 0
-    if texts or reasons:
-        yield texts, reasons, cursor
+        chunk.append((text, reason))
+        size += len(text or "")
+        if size >= 500_000 or len(chunk) >= 2_000:
+            yield chunk, cursor
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, cursor
 
 
 def tokenize_chunks(chunks, tokenizer_json):
-    """Yields (chunk, its tokenized documents) in order, from all cores; reads only a few ahead."""
+    """Yields (chunk, cursor, tokenized documents) in order. All cores work, a few chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(cores or 1, 61)  # the limit on Windows
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         try:
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(tokenize, chunk[0])))
+            for chunk, cursor in chunks:
+                waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
                 if len(waiting) > 2 * cores:
-                    chunk, future = waiting.popleft()
-                    yield chunk, future.result()
-            for chunk, future in waiting:
-                yield chunk, future.result()
+                    chunk, cursor, future = waiting.popleft()
+                    yield chunk, cursor, future.result()
+            for chunk, cursor, future in waiting:
+                yield chunk, cursor, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -580,18 +576,17 @@ def pack(files, tokenizer_json, work, seq_len, target):
     counts = packer.counts
     if counts["train_tokens"] >= target:
         return counts  # stopped later, when ordering the rows
-    todo = chunks(files, packer.cursor)
-    with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=target if files[0].startswith("hf://") else None,
-              mininterval=BAR_SECONDS) as bar:
-        for (_, reasons, cursor), tokenized in tokenize_chunks(todo, tokenizer_json):
-            for reason in reasons:
+    work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
+    with progress_bar("tokens", "tok", target if files[0].startswith("hf://") else None,
+                      counts["train_tokens"]) as bar:
+        for chunk, cursor, tokenized in work_left:
+            for reason in [reason for text, reason in chunk if text is None]:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
             for document in tokenized:
                 counts[packer.add_document(*document)] += 1
-            counts["documents_read"] += len(tokenized) + len(reasons)
+            counts["documents_read"] += len(chunk)
             packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
@@ -636,8 +631,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     out_path.unlink(missing_ok=True)
     folder.mkdir()
     digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with tqdm(desc="ordering", unit="row", unit_scale=True, total=2 * n_rows,
-              mininterval=BAR_SECONDS) as bar, open(part, "wb") as f:
+    with progress_bar("ordering", "row", 2 * n_rows) as bar, open(part, "wb") as f:
         for rows in row_blocks(tokens_path, seq_len):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
@@ -737,6 +731,16 @@ def printable(path):
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def print_documents(counts):
+    read = counts["documents_read"]
+    dropped = (f"{counts[key]:,} {key.replace('dropped_', '')} ({counts[key] / max(1, read):.2%})"
+               for key in ("invalid", "empty", "dropped_density", "dropped_duplicate"))
+    print(f"documents: {read:,} read, {counts['documents_kept']:,} kept; dropped: "
+          f"{', '.join(dropped)}")
+    if counts["dropped_density"] > 0.1 * read:
+        print("With a small --vocab-size ordinary text is too dense as well: try a larger one")
+
+
 def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
@@ -748,6 +752,7 @@ def prepare(files, args, out, work):
     vocab_size = tokenizer.get_vocab_size()
 
     counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
+    print_documents(counts)
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
@@ -755,10 +760,8 @@ def prepare(files, args, out, work):
             out.rmdir()
         raise SystemExit(
             f"--source {args.source}: too little text: {tokens:,} tokens of "
-            f"{counts['documents_read']:,} documents ({counts['empty']:,} are empty, "
-            f"{counts['invalid']:,} invalid, {counts['dropped_density']:,} too dense). It takes "
-            f"two rows of {args.seq_len}, to train on and to validate on"
-            + DENSITY_HINT * (counts["dropped_density"] > 0))
+            f"{counts['documents_read']:,} documents. Training and validation need a row of "
+            f"{args.seq_len} each")
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
@@ -777,18 +780,6 @@ def prepare(files, args, out, work):
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "train_sha256": sha256,
     }
-
-
-def report(meta):
-    read = meta["documents_read"]
-    dropped = (f"{meta[key]:,} {key.replace('dropped_', '')} ({meta[key] / read:.2%})" for key in
-               ("invalid", "empty", "dropped_density", "dropped_duplicate"))
-    print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
-          f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
-          f"to train on, {meta['val_rows']:,} rows to validate on\n"
-          f"{meta['characters_per_token']:.2f} characters per token, unigram entropy "
-          f"{meta['unigram_entropy']:.3f} nats"
-          + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
 
 
 def main():
@@ -819,7 +810,9 @@ def main():
         meta = {**prepare(files, args, out, work), **record}
         write_atomic(out / "meta.json", meta)
     shutil.rmtree(work)
-    report(meta)
+    print(f"{out}: {meta['train_tokens']:,} tokens in {meta['train_rows']:,} rows to train on, "
+          f"{meta['val_rows']:,} rows to validate on\n{meta['characters_per_token']:.2f} "
+          f"characters per token, unigram entropy {meta['unigram_entropy']:.3f} nats")
 
 
 if __name__ == "__main__":
