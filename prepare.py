@@ -636,7 +636,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
                 same, n = rows[keys == key], n_buckets[key]
-                for k in range(n):
+                for k in range(n):  # row r with this key goes to bucket r % n
                     with open(folder / f"{key}.{k}", "ab") as bucket:
                         bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
                 dealt[key] += len(same)
