@@ -314,7 +314,7 @@ def test_tokenizer_sees_a_share_of_every_file(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"{name * 9}\n" * 1000)
     monkeypatch.setattr(prepare, "PIECE", 500)
-    seen = "".join(prepare.Source(str(tmp_path), tmp_path / "out").sample(4000))
+    seen = "".join(prepare.sample(prepare.local_files(str(tmp_path), tmp_path / "o"), 4000))
     assert 1500 < seen.count("a") < 2500 and 1500 < seen.count("b") < 2500
 
 
@@ -617,7 +617,7 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
             if progress.exists():
-                read.append(json.loads(progress.read_text())["cursor"]["documents"])
+                read.append(json.loads(progress.read_text())["counts"]["documents_read"])
         process.kill()
         process.communicate(timeout=60)  # until the workers have ended too, which hold its stderr
     assert process.returncode == 0 and len({*read}) > 4
