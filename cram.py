@@ -11,10 +11,11 @@
 The default recipe, `crammed`, is that of "Cramming: Training a Language Model on a Single GPU in
 One Day" (Geiping & Goldstein, arXiv 2212.14034, version 2). What is special about it:
 
-- pre-norm blocks, biases only in the norms, a gated FFN, no head; fixed sinusoid positions with one
-  learned scale;
+- pre-norm blocks, biases only in the norms, a gated FFN, no prediction head; fixed sinusoid
+  positions with one learned scale;
 - rows without padding; a quarter of the tokens is masked, and only that quarter is decoded;
-- one clock: learning rate and batch size are functions of the fraction of the budget that is spent.
+- one clock: learning rate and batch size are functions of `progress`, the fraction of the budget
+  that is spent.
 
 `modern` and `electra` are our own recipes and learn faster (RECIPES has what they change, README.md
 what they reach): rotary positions and Muon; `electra` also trains on replaced-token detection.
@@ -67,7 +68,7 @@ class Settings:
 
     # Budget
     hours: float = 24.0  # wall-clock budget in hours, compilation included
-    steps: int = 0  # budget in optimizer steps, which makes a run reproducible; 0: use --hours
+    steps: int = 0  # budget in optimizer steps, so that speed changes nothing; 0: use --hours
 
     # Folders
     data: str = "data"  # what prepare.py wrote
@@ -88,26 +89,26 @@ class Settings:
     # Optimization: paper section 4.3
     optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and heads, adamw elsewhere
     batch: int = 8192  # rows per optimizer step after the ramp
-    ramp: float = 0.6  # fraction of the budget in which the batch grows, by 16ths; 0: no ramp
+    ramp: float = 0.6  # fraction of the budget in which the batch grows, in 16 stairs; 0: no ramp
     lr: float = 1e-3  # peak learning rate
     lr_start: float = 0.25  # initial learning rate as a fraction of --lr
     warmup: float = 0.75  # fraction of the budget until the peak
     decay: float = 0.25  # last fraction of the budget, in which the rate falls to zero
     beta1: float = 0.9  # AdamW: decay of the mean of the gradients
     beta2: float = 0.98  # AdamW: decay of the mean of their squares
-    eps: float = 1e-12  # AdamW: added to the root of that
+    eps: float = 1e-12  # AdamW: added to the square root of that mean
     weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on norms
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
     mask_rate: float = 0.25  # fraction of tokens to predict; BERT's 15 % is for many epochs
-    mask_replace: float = 0.8  # of these become <mask>; half of the others become random tokens
+    mask_replace: float = 0.8  # of these become <mask>; of the others half become random tokens
     order: str = "file"  # of the first pass: file (as prepare.py sorted it) or random
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: speed and rounding only, but each type of device draws its own weights and masks
-    microbatch: int = 512  # rows per forward pass; on CUDA halved until a step fits in memory
+    # Machine: speed and rounding only, but each model of card draws its own weights and masks
+    microbatch: int = 0  # rows per forward pass; 0: 512 on CUDA, where it is halved to fit, else 32
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
     compile: bool | None = None  # torch.compile; by default on for CUDA cards from Volta on
@@ -129,6 +130,12 @@ RECIPES = {  # what a recipe sets where the command line does not
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 
 
+# torchrun starts a process for each GPU. All hold the same weights and go through the same steps,
+# each with its share of the rows; rank 0 prints, logs and saves. (all_sum and others: section 6)
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
 class CramError(Exception):
     """An error the user can fix; the message says how."""
 
@@ -146,11 +153,11 @@ class CrammedBERT(nn.Module):
     attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
     at the entrance of the first block (the embedding's norm is there), a head before the decoder.
 
-    A model that shares the embedding of a wider one (the generator of replaced-token detection)
-    reads it through a projection, and its head leads back to the wider one's channels.
+    With shared_embed (the generator of `Electra`) the embedding is that of a wider model: `project`
+    maps it to C channels, and the head maps back.
     """
 
-    loss_names = ("loss",)  # of what forward returns, in the log; the first is minimised
+    metric_names = ("loss",)  # of what forward returns; the first is minimised
 
     def __init__(self, s, vocab_size, seq_len, shared_embed=None):
         super().__init__()
@@ -158,14 +165,16 @@ class CrammedBERT(nn.Module):
         norm = functools.partial(nn.LayerNorm, eps=1e-5 if modernbert else 1e-12,
                                  bias=not modernbert)
         self.seq_len = seq_len
-        self.embed = shared_embed or nn.Embedding(vocab_size, s.width)
-        C, embed_C = s.width, self.embed.embedding_dim
+        self.objective = s.objective
+        shared, C = shared_embed is not None, s.width
+        self.embed = shared_embed if shared else nn.Embedding(vocab_size, C)
+        embed_C = self.embed.embedding_dim
         if modernbert:
             self.register_buffer("rope", rope_table(seq_len, C // s.heads), persistent=False)
         else:
             self.position_scale = nn.Parameter(torch.empty(()))
             self.register_buffer("sinusoid", sinusoid(seq_len, C), persistent=False)
-        self.project = nn.Linear(embed_C, C, bias=False) if shared_embed else nn.Identity()
+        self.project = nn.Linear(embed_C, C, bias=False) if shared else nn.Identity()
         self.embed_norm = norm(C)
         self.dropout = nn.Dropout(0.0)  # off in pretraining; finetune_glue.py turns it on
         self.blocks = nn.ModuleList(Block(C, s.heads, norm) for _ in range(s.layers))
@@ -173,7 +182,7 @@ class CrammedBERT(nn.Module):
             self.blocks[0].norm1 = nn.Identity()
         self.final_norm = norm(C)
         self.head = (nn.Sequential(nn.Linear(C, embed_C, bias=False), nn.GELU(), norm(embed_C))
-                     if modernbert or shared_embed else nn.Identity())
+                     if modernbert or shared else nn.Identity())
         if s.objective == "rtd":
             self.score = nn.Parameter(torch.empty(C))
             self.score_bias = nn.Parameter(torch.empty(1))
@@ -188,7 +197,7 @@ class CrammedBERT(nn.Module):
             elif p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif p.ndim == 0:
-                nn.init.constant_(p, self.embed.embedding_dim**-0.5)
+                nn.init.constant_(p, len(self.final_norm.weight) ** -0.5)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith(("bias", "score")) else 1.0)
 
@@ -204,7 +213,7 @@ class CrammedBERT(nn.Module):
         else:
             x = x + self.position_scale * self.sinusoid[:T]
         x = self.dropout(self.embed_norm(x))
-        if torch.is_autocast_enabled(x.device.type):  # half the memory traffic between the blocks
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, is in 16 bits
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # for every head and every query
@@ -215,7 +224,7 @@ class CrammedBERT(nn.Module):
 
     def decode(self, x):
         """Logits (..., V) of hidden states (..., C). The embedding is also the last matrix."""
-        if hasattr(self, "score"):
+        if self.objective == "rtd":
             raise CramError("a model trained with --objective rtd guesses no tokens: it has no "
                             "logits, but `replaced` says which tokens do not fit")
         return F.linear(self.head(x), self.embed.weight)
@@ -225,33 +234,30 @@ class CrammedBERT(nn.Module):
         return self.decode(self.encode(ids, attention_mask))
 
     def forward(self, ids, positions, targets, uniform=None):
-        """Mean cross-entropy (1,), in nats, of targets (B, M) at positions (B, M) of rows ids
-        (B, T): what `mask_tokens` returns. (uniform is for `Electra`.)
+        """What `mask_tokens` returns -> (1,): mean cross-entropy, in nats, of targets (B, M) at
+        positions (B, M) of rows ids (B, T). (`Electra` needs uniform, and returns several.)
 
         Only these positions are decoded: 6 % of all work, where decoding every position takes 20 %.
         """
         logits = self.decode(self.encode(ids, positions=positions))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())[None]
 
-    def replaced_logits(self, ids, attention_mask=None):
-        """Logits (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
-        x = self.head(self.encode(ids, attention_mask))
-        return (x.float() * self.score).sum(-1) + self.score_bias
-
     def replaced(self, ids, attention_mask=None):
         """Probability (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
-        return self.replaced_logits(ids, attention_mask).sigmoid()
+        return self.replaced_logits(self.head(self.encode(ids, attention_mask))).sigmoid()
+
+    def replaced_logits(self, x):
+        return (x.float() * self.score).sum(-1) + self.score_bias  # (B, T) of (B, T, C)
 
     def flops_per_token(self, decoded):
         """Floating-point operations to train on one token, forward and backward, where the
         decoder sees the fraction `decoded` of the tokens.
 
         6 for each weight of the blocks, 12·T·C a layer for the two products of attention, 6 for
-        each weight of the decoder: 623 M at the paper's size and a quarter decoded. (The last FFN
-        is counted in full, 2.6 % more than is computed; head and projection, 0.2 %, are not.)
+        each weight of the decoder: 623 M at the paper's size and a quarter decoded.
         """
         weights = sum(p.numel() for p in self.blocks.parameters())
-        attention = 12 * len(self.blocks) * self.seq_len * self.final_norm.normalized_shape[0]
+        attention = 12 * len(self.blocks) * self.seq_len * len(self.final_norm.weight)
         return 6 * weights + attention + 6 * decoded * self.embed.weight.numel()
 
 
@@ -269,8 +275,8 @@ class Block(nn.Module):
     def forward(self, x, attention_mask, rope, positions=None):
         y = self.attention(self.norm1(x), attention_mask, rope)
         if positions is not None:  # in the last block: the other positions are no longer needed
-            positions = positions[:, :, None].expand(-1, -1, x.shape[2])
-            x, y = x.gather(1, positions), y.gather(1, positions)  # (B, M, C)
+            index = positions[:, :, None].expand(-1, -1, x.shape[2])
+            x, y = x.gather(1, index), y.gather(1, index)  # (B, M, C)
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.norm2(x)))
 
@@ -339,9 +345,13 @@ class Electra(nn.Module):
     A small generator learns to guess the masked tokens. What it guesses replaces them, and the
     discriminator, the model we want, learns to tell for *every* token whether it was replaced. A
     correct guess counts as original. Both read one embedding, which gets the gradients of both.
+
+    Where the generator has guessed, the discriminator also says which token was there (the
+    corrective language modelling of COCO-LM, Meng et al. 2021, arXiv 2102.08473).
     """
 
-    loss_names = ("loss", "loss_generator", "loss_discriminator", "found", "replaced")
+    metric_names = ("loss", "loss_generator", "loss_discriminator", "loss_corrected",
+                    "found", "replaced")
 
     def __init__(self, s, vocab_size, seq_len):
         super().__init__()
@@ -353,9 +363,8 @@ class Electra(nn.Module):
             vocab_size, seq_len, shared_embed=self.discriminator.embed)
 
     def forward(self, ids, positions, targets, uniform):
-        """What `mask_tokens` returns -> (5,): the loss to minimise, its parts (the generator's
-        cross-entropy and the discriminator's binary cross-entropy, means in nats), and the
-        fractions of all tokens that were found replaced, and that were replaced."""
+        """What `mask_tokens` returns -> (6,): the loss to minimise; its parts, which are means in
+        nats; the fractions of all tokens that were found to be replaced, and that were replaced."""
         guesses = self.generator.decode(self.generator.encode(ids, positions=positions))
         generator_loss = F.cross_entropy(guesses.flatten(0, 1), targets.flatten())
 
@@ -363,15 +372,22 @@ class Electra(nn.Module):
         shown = ids.scatter(1, positions, sampled)
         replaced = torch.zeros_like(ids).scatter(1, positions, (sampled != targets).long())
 
-        logits = self.discriminator.replaced_logits(shown)
+        model = self.discriminator
+        x = model.head(model.encode(shown))
+        logits = model.replaced_logits(x)
         rtd_loss = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
+        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
+        corrected = F.linear(x, model.embed.weight)
+        corrected_loss = F.cross_entropy(corrected.flatten(0, 1), targets.flatten())
+
         found = (logits.detach() > 0) * replaced
         return torch.stack([
-            generator_loss + self.rtd_weight * rtd_loss, generator_loss.detach(),
-            rtd_loss.detach(), found.float().mean(), replaced.float().mean()])
+            generator_loss + self.rtd_weight * rtd_loss + corrected_loss,
+            generator_loss.detach(), rtd_loss.detach(), corrected_loss.detach(),
+            found.float().mean(), replaced.float().mean()])
 
     def flops_per_token(self, decoded):
-        return self.generator.flops_per_token(decoded) + self.discriminator.flops_per_token(0)
+        return self.generator.flops_per_token(decoded) + self.discriminator.flops_per_token(decoded)
 
 
 @torch.no_grad()
@@ -379,8 +395,8 @@ def sample_tokens(logits, uniform):
     """Token ids (B, M), drawn from softmax(logits (B, M, V)) by the uniform numbers (B, M) in
     [0, 1): where uniform falls in the cumulative distribution.
 
-    float32, since sums in bf16 are off by up to 0.97 in total variation. The last sum is not
-    exactly 1: without scaling by it and clamping, id V comes up some 6 times in a million.
+    In float32: sums in bf16 are far too coarse. The last sum may fall short of 1; without the
+    scaling by it and the clamp, id V comes up some 6 times in a million.
     """
     cdf = logits.float().softmax(-1).cumsum(-1)
     at = uniform.float()[..., None] * cdf[..., -1:]
@@ -409,7 +425,7 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     draw = {"device": rows.device, "generator": generator}
 
     noise = torch.rand(B, T, **draw)
-    positions = noise.topk(M, dim=1).indices  # in random order, so that slices are random too
+    positions = noise.topk(M, dim=1).indices  # in random order: the first n_mask are random too
     targets = rows.gather(1, positions)
 
     shown = targets.clone()
@@ -435,35 +451,32 @@ def lr_at(progress, s):
 
 def batch_at(progress, s):
     """Rows per step when the fraction `progress` of the budget is spent. The paper's: 512, 1024,
-    ... 8192 from progress 0.5625 on (15/16 of the ramp).
-
-    In the original the height of a stair is the microbatch, a hidden setting; here it is 1/16 of
-    the batch, whatever the card.
-    """
+    ... 8192 from progress 0.5625 on (15/16 of the ramp)."""
     stairs = min(1 + int(16 * progress / s.ramp), 16) if s.ramp else 16
     return max(1, s.batch * stairs // 16)
 
 
 def build_optimizers(model, s):
     """AdamW; with --optimizer muon, Muon for the matrices of blocks, heads and projection (Q, K and
-    V one by one), and AdamW for the rest: norms, and the embedding, which is also the decoder."""
-    named = list(model.named_parameters())
-    matrices = {p: None for name, p in named  # a set that keeps the order
-                if s.optimizer == "muon" and p.ndim == 2 and not name.endswith("embed.weight")}
-    others = [p for _, p in named if p not in matrices]
+    V one by one), and AdamW for the rest: vectors, and the embedding, which is also the decoder."""
+    def takes_muon(name, p):
+        return s.optimizer == "muon" and p.ndim == 2 and not name.endswith("embed.weight")
+
+    matrices = [p for name, p in model.named_parameters() if takes_muon(name, p)]
+    others = [p for name, p in model.named_parameters() if not takes_muon(name, p)]
     groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
-              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]  # norms
+              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
-    return [adamw, Muon([*matrices], s.lr, s.weight_decay)] if matrices else [adamw]
+    return [adamw, Muon(matrices, s.lr, s.weight_decay)] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with all its singular values made about equal (Jordan et al., 2024), for matrices.
+    """Momentum SGD whose update is orthogonalized (Jordan et al., 2024), for matrices.
 
     The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
     size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
-    torch's takes the matrices one by one and 51 ms a step on an H200; this one takes all matrices
-    of a shape in one batch and 7 ms. Each process orthogonalizes its share of them.
+    torch's takes matrix by matrix, 51 ms a step on an H200; this one takes all of a shape at once,
+    7 ms. Each process orthogonalizes its share of them.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
@@ -588,9 +601,9 @@ def next_position(position, batch, rows_left, n_rows, s):
     this batch included.
 
     If that is less than the rest of the file, the first pass skips evenly ahead, so that a short
-    budget sees the whole curriculum: from 0.3 passes on each fifth of the file gets its share to
-    within 5 %, but the last up to a tenth less, as whole batches end before the file does. With
-    --hours a budget of one pass skips 3 % of the rows, because the speed of a step is noisy.
+    budget sees the whole curriculum. (The last fifth of the file gets up to a tenth less than its
+    share, as whole batches end before the file does; with --hours and a budget of just one pass,
+    the noise of s_per_row skips 3 % of the rows.)
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -617,20 +630,21 @@ class TrainState:
     """Where a run stands, beside its weights, optimizers and clock."""
 
     step: int = 0
-    rows: int = 0  # trained on so far
+    rows: int = 0  # consumed
     position: int = 0  # in the data, of the next step's first row (see row_numbers)
+    s_per_row: float = 0.0  # seconds, in the last step
     lr: float = 0.0  # of the last step
     batch: int = 0  # of the last step
     skipped: int = 0  # steps whose loss or gradient was not finite
     log_bytes: int = 0  # length of log.jsonl
-    losses: list = field(default_factory=list)  # means since the last line of the log ...
-    loss_steps: int = 0  # ... over so many steps
+    metrics: list = field(default_factory=list)  # means since the last line of the log ...
+    metric_steps: int = 0  # ... over so many steps; 0: the next step begins new means
 
-    def add(self, losses):
-        """Take the losses of a step into their means."""
-        self.loss_steps += 1
-        self.losses = [mean + (loss - mean) / self.loss_steps
-                       for mean, loss in zip(self.losses or losses, losses)]
+    def add(self, metrics):
+        """Take the metrics of a step into their means."""
+        self.metric_steps += 1
+        self.metrics = [mean + (x - mean) / self.metric_steps
+                        for mean, x in zip(self.metrics or metrics, metrics)]
 
 
 @sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest first
@@ -646,6 +660,7 @@ def train(s, saved=None):
         torch.manual_seed(s.seed)
         with device:  # the CPU would take seconds to draw 120 M weights
             model = build_model(s, data.vocab_size, data.seq_len)
+        broadcast(model)
         check_free_disk(out, model)
         optimizers = build_optimizers(model, s)
         use_compile = can_compile(device) if s.compile is None else s.compile
@@ -657,22 +672,23 @@ def train(s, saved=None):
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Leaves its part of the
-        gradient in the parameters, and returns its part of the mean losses over all B rows."""
+        gradient in the parameters, and returns its part of the mean metrics over all B rows."""
         mask_generator.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
         masked = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
         total = 0.0
         for micro in zip(*(my_rows(x).split(microbatch) for x in masked)):
             with autocast:
-                losses = compiled(*micro) * (len(micro[0]) / len(rows))
-            scaler.scale(losses[0]).backward()
-            total = total + losses.detach()
+                metrics = compiled(*micro) * (len(micro[0]) / len(rows))
+            scaler.scale(metrics[0]).backward()
+            total = total + metrics.detach()
         return total
 
-    microbatch = s.microbatch
-    if use_compile or device.type == "cuda":
-        with clock.part("compile"):
-            microbatch = find_microbatch(s, data.seq_len, model, optimizers, forward_backward)
+    with clock.part("compile"):  # and before a resume, as it clears the optimizers' states
+        microbatch = s.microbatch or (512 if device.type == "cuda" else 32)
+        if use_compile or device.type == "cuda":
+            microbatch = find_microbatch(
+                microbatch, s, data.seq_len, model, optimizers, forward_backward)
     if saved:
         state = restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
@@ -681,35 +697,38 @@ def train(s, saved=None):
     # because the clock decides the batch. From pinned memory rows are copied without waiting.
     reader = ThreadPoolExecutor(1)
 
-    def read(position):
+    def fetch(position):
         rows = data.read(position, s.batch, s)
         return rows.pin_memory() if device.type == "cuda" else rows
 
     def progress_at(elapsed):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
+    print_header(s, data, model, device, dtype, use_compile, microbatch)
+    log = Log(s, data, model, state, clock, progress_at(clock.elapsed()), peak_flops)
+
     def log_line(elapsed, with_validation):
-        metrics = {}
+        val_metrics = {}
         if with_validation:
             with clock.part("validate"):
-                metrics = validate(model, autocast, val_set, microbatch)
-        return log.write(state, elapsed, progress_at(elapsed), clock.training_s(), metrics)
+                val_metrics = validate(model, autocast, val_set, microbatch)
+        return log.write(state, elapsed, progress_at(elapsed), clock.training_s(), val_metrics)
 
     def save_last():
         if RANK == 0:
             with clock.part("save"):
                 save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
 
-    print_header(s, data, model, device, dtype, use_compile, microbatch)
-    log = Log(s, data, model, state, clock, progress_at(clock.elapsed()), peak_flops)
-    rows_planned = state.rows + sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
-    s_per_row, skipped_in_a_row, saved_at = 0.0, 0, time.monotonic()
-    fetched = reader.submit(read, state.position)
+    if s.steps:  # then all rows of the budget are known
+        rows_planned = state.rows + sum(
+            batch_at(k / s.steps, s) for k in range(state.step, s.steps))
+    fetched = reader.submit(fetch, state.position)
+    skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
         # 1. The processes agree on the time, the speed, and whether to stop
-        elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
+        elapsed, s_per_row, stopping = all_max(clock.elapsed(), state.s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
         progress = progress_at(elapsed)
@@ -723,19 +742,14 @@ def train(s, saved=None):
         rows = fetched.result()[:batch]
         if s.steps:
             rows_left = rows_planned - state.rows
-        else:  # the first step of a session does not know its speed, and skips nothing
+        else:  # the first step does not know its speed, and skips nothing
             rows_left = (budget_s - elapsed) / s_per_row if s_per_row else math.inf
         position = next_position(state.position, batch, rows_left, len(data.train), s)
-        fetched = reader.submit(read, position)
+        fetched = reader.submit(fetch, position)
 
         # 4. Gradients, summed over the processes
-        try:
-            losses = forward_backward(rows, microbatch)
-        except torch.OutOfMemoryError:
-            save_last()  # nothing of this step has reached the weights
-            raise CramError(f"out of memory after step {state.step:,}, which is saved: continue "
-                            f"with --resume --microbatch {microbatch // 2 or 1}") from None
-        all_sum([p.grad for p in model.parameters()] + [losses])
+        metrics = forward_backward(rows, microbatch)
+        all_sum([p.grad for p in model.parameters()] + [metrics])
 
         # 5. Update the weights
         for optimizer in optimizers:
@@ -743,11 +757,11 @@ def train(s, saved=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one wait for the card
-        if math.isfinite(losses[0]) and math.isfinite(norm):
+        *metrics, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the card
+        if math.isfinite(metrics[0]) and math.isfinite(norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
-            state.add(losses)
+            state.add(metrics)
             skipped_in_a_row = 0
         else:
             state.skipped += 1
@@ -761,12 +775,12 @@ def train(s, saved=None):
 
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
-        state.lr, state.batch, s_per_row = lr, batch, (time.monotonic() - began) / batch
+        state.lr, state.batch, state.s_per_row = lr, batch, (time.monotonic() - began) / batch
         elapsed = all_max(clock.elapsed())[0]
         line_due, validation_due = log.due(progress_at(elapsed))
         if line_due:
             log_line(elapsed, validation_due)
-            state.log_bytes, state.loss_steps = log.file.tell(), 0
+            state.log_bytes, state.metric_steps = log.file.tell(), 0
         if time.monotonic() - saved_at > 60 * s.save_minutes:
             try:
                 save_last()
@@ -783,8 +797,8 @@ def train(s, saved=None):
     if not state.step:
         raise CramError("the budget was over before the first step")
 
-    # The model comes before the last last.pt: a disk that holds only one keeps the model. And that
-    # last.pt does not know of the last line: a resume with a larger budget cuts it off.
+    # ckpt.pt first: if the disk holds only one more file, it should be the model. last.pt does not
+    # record the last line of the log, so that a resume with a larger budget removes it.
     result = log_line(clock.elapsed(), with_validation=True)
     if not math.isfinite(result["val_loss"]):
         raise CramError(f"the validation loss is {result['val_loss']}: the run has diverged, no "
@@ -801,16 +815,15 @@ def train(s, saved=None):
 # -------------------------------------------------------------------------- 6. What the loop calls
 
 
-def find_microbatch(s, seq_len, model, optimizers, forward_backward):
-    """The rows per forward pass that fit in memory: --microbatch, or a half, a quarter, ... of it.
+def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
+    """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
     Tries what a step holds at most: the activations of a microbatch beside gradients and optimizer
-    states, and the optimizers' temporaries. On the way this compiles the code for the run. With
-    gradients and a learning rate of zero the optimizers move no weight.
+    states, and the optimizers' temporaries. On the way this compiles the code. With gradients and a
+    learning rate of zero the optimizers move no weight.
     """
-    microbatch = s.microbatch
     while microbatch:
-        full = False
+        out_of_memory = False
         try:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -819,45 +832,38 @@ def find_microbatch(s, seq_len, model, optimizers, forward_backward):
                 for group in optimizer.param_groups:
                     group["lr"] = 0.0
                 optimizer.step()
-            sizes = microbatch_sizes(s, microbatch)
-            for size in sorted({min(sizes), max(sizes)}):  # two sizes: code for any size
-                rows = torch.zeros(size * WORLD_SIZE, seq_len, dtype=torch.int32)
-                forward_backward(rows, microbatch)
-            nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
+            rows = min(s.batch, microbatch * WORLD_SIZE)
+            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch)
+            nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()  # .item() waits for all
         except torch.OutOfMemoryError:
-            full = True
+            out_of_memory = True
         model.zero_grad()  # not in the except clause: there the traceback holds the activations
         for optimizer in optimizers:
             optimizer.state.clear()
-        if not all_max(full)[0]:
+        if not all_max(out_of_memory)[0]:
             return microbatch
+        say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
+            "no result")
         microbatch //= 2
-        say(f"out of memory: trying {microbatch} rows per forward pass, which changes no result")
-        torch.compiler.reset()  # knowing both sizes it would write slower code, for any size
+        torch.compiler.reset()  # or a second size would make the compiler write code for any size
         torch.cuda.empty_cache()
     raise CramError("a single row per forward pass does not fit in the card's memory")
-
-
-def microbatch_sizes(s, microbatch):
-    """The sizes of all microbatches of the run, up to a row; the same in every process."""
-    batches = {batch_at(s.ramp * (k + 0.5) / 16, s) // WORLD_SIZE for k in range(16)}  # each stair
-    return {n for b in batches for n in (min(b, microbatch), (b - 1) % microbatch + 1)}
 
 
 @torch.no_grad()
 def validate(model, autocast, val_set, rows_at_once):
     """The model's means over the validation set, as entries of the log. Not compiled: that would
     take longer than it saves."""
-    total = torch.zeros(len(model.loss_names), dtype=torch.float64)
+    total = torch.zeros(len(model.metric_names), dtype=torch.float64)
     for micro in zip(*(my_rows(x).split(rows_at_once) for x in val_set)):
         with autocast:
             total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
     all_sum([total])
-    if len(total) == 1:
-        return {"val_loss": total.item()}
-    _, generator_loss, rtd_loss, found, replaced = total.tolist()
-    return {"val_loss": generator_loss, "val_rtd_loss": rtd_loss,
-            "val_rtd_recall": found / replaced if replaced else 0.0}
+    mean = dict(zip(model.metric_names, total.tolist()))
+    if "replaced" not in mean:
+        return {"val_loss": mean["loss"]}
+    return {"val_loss": mean["loss_generator"], "val_rtd_loss": mean["loss_discriminator"],
+            "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
 
 
 class Clock:
@@ -895,29 +901,23 @@ class Clock:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second signal
-    ends the process at once. Ignored signals stay ignored: nohup and the shell's & rely on it."""
+    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second Ctrl-C
+    ends the process at once. (A second SIGTERM does not: a cluster and torchrun may send one each.)
+    Ignored signals stay ignored: nohup and the shell's & rely on it."""
 
     def __init__(self):
         self.asked = False
-        signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        self.signals = [n for n in signals if n and signal.getsignal(n) != signal.SIG_IGN]
-        for number in self.signals:
-            signal.signal(number, self.ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = True
-        for number in self.signals:
+        if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
             os.write(1, b"\nstopping after this step; once more to leave at once\n")
-
-
-# Several processes, one for each GPU, when torchrun starts them. All hold the same weights and go
-# through the same steps, each with its share of the rows; rank 0 prints, logs and saves.
-
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(s, device):
@@ -928,6 +928,13 @@ def join_processes(s, device):
             raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
         # gloo carries the numbers of all_max, NCCL what is on the cards
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def broadcast(model):
+    """Begin with rank 0's weights: cards of two models draw different ones from a seed."""
+    if WORLD_SIZE > 1:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
 
 
 def my_rows(x):
@@ -945,11 +952,8 @@ def all_max(*numbers):
 
 
 def all_sum(tensors):
-    """Replace the tensors by their sums over the processes, all in one message.
-
-    DistributedDataParallel would send the first gradients while the last are still computed, but a
-    compiled backward pass hands them over all at once.
-    """
+    """Replace the tensors by their sums over the processes, all in one message: a compiled backward
+    pass hands over all gradients at once, so DistributedDataParallel could not send any earlier."""
     if WORLD_SIZE > 1:
         vector = nn.utils.parameters_to_vector(tensors)
         all_reduce(vector)
@@ -1071,13 +1075,13 @@ def load_file(path):
 
 
 class Log:
-    """A line every 2 % of the budget, and every minute with --hours or every 100 steps with
-    --steps; validation every 5 %. Lines go to the screen and to log.jsonl, in rank 0."""
+    """A line every 2 % of the budget or every minute (with --steps: 100 steps), whichever comes
+    first; validation every 5 %. Rank 0 writes the lines to the screen and to log.jsonl."""
 
     def __init__(self, s, data, model, state, clock, progress, peak_flops):
         self.interval = min(0.02, 100 / s.steps if s.steps else 1 / (60 * s.hours))
         self.progress, self.rows, self.seconds = progress, state.rows, clock.training_s()
-        self.seq_len, self.names = data.seq_len, model.loss_names
+        self.seq_len, self.names, self.tokens_per_s = data.seq_len, model.metric_names, 0.0
         self.mfu_per_token = peak_flops and (
             model.flops_per_token(s.mask_rate) / peak_flops / WORLD_SIZE)
         path = os.devnull if RANK else Path(s.out) / "log.jsonl"
@@ -1094,14 +1098,17 @@ class Log:
         line = validation or int(progress / self.interval) > int(before / self.interval)
         return line and progress < 1, validation
 
-    def write(self, state, elapsed, progress, training_s, metrics):
+    def write(self, state, elapsed, progress, training_s, val_metrics):
         rows, seconds = state.rows - self.rows, training_s - self.seconds
-        tokens_per_s = rows * self.seq_len / seconds if rows else 0.0
         self.rows, self.seconds = state.rows, training_s
+        if rows:
+            self.tokens_per_s = rows * self.seq_len / seconds
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
-                 **dict(zip_longest(self.names, state.losses)), "tokens_per_s": tokens_per_s,
-                 "mfu": self.mfu_per_token and tokens_per_s * self.mfu_per_token, **metrics}
+                 **dict(zip_longest(self.names, state.metrics)),  # None before the first step
+                 "tokens_per_s": self.tokens_per_s,
+                 "mfu": self.mfu_per_token and self.tokens_per_s * self.mfu_per_token,
+                 **val_metrics}
         say(log_row(entry))
         try:
             self.file.write(json.dumps(entry).encode() + b"\n")
@@ -1115,12 +1122,14 @@ LOG_HEADER = (
 
 
 def log_row(e):
-    """A line of the log for the screen. With --steps the time left is a guess: steps may grow."""
+    """A line of the log for the screen. With --steps the time left is a guess: steps may grow. Of
+    `Electra` loss and val are the generator's."""
     times = []
     for seconds in (e["elapsed_s"], e["elapsed_s"] * max(0, 1 / e["progress"] - 1)):
         minutes, seconds = divmod(round(seconds), 60)
         times.append(f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}")
-    loss = "-" if e["loss"] is None else f"{e['loss']:.3f}"
+    loss = e.get("loss_generator", e["loss"])
+    loss = "-" if loss is None else f"{loss:.3f}"
     val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
     return (f"{' '.join(times)} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
@@ -1206,7 +1215,8 @@ def can_compile(device):
 
 
 def finished(s, data, model, result):
-    """What ckpt.pt holds. Of `Electra` the model is the discriminator, with the generator beside."""
+    """What ckpt.pt holds. Of `Electra` the model is the discriminator; its generator has a key of
+    its own."""
     networks = {"model": model}
     if s.objective == "rtd":
         networks = {"model": model.discriminator, "generator": model.generator}
@@ -1325,7 +1335,7 @@ def export(path, folder):
 
 # --------------------------------------------------------------------------------- 8. Command line
 
-# A resumed run may change these. All others belong to the run and, but for the seed, to its recipe.
+# A resume may change these; all others define the run.
 MAY_CHANGE_ON_RESUME = {"hours", "steps", "data", "out", "microbatch", "device", "precision",
                         "compile", "save_minutes"}
 
@@ -1337,9 +1347,9 @@ CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": (
 def check(s):
     """Raise CramError for settings that cannot work."""
     rules = [
-        ("hours layers width heads generator_layers generator_width batch microbatch lr eps clip "
-         "save_minutes", "a positive number", lambda x: 0 < x < math.inf),
-        ("steps weight_decay rtd_weight", "0 or more", lambda x: 0 <= x < math.inf),
+        ("hours layers width heads generator_layers generator_width batch lr eps clip save_minutes",
+         "a positive number", lambda x: 0 < x < math.inf),
+        ("steps microbatch weight_decay rtd_weight", "0 or more", lambda x: 0 <= x < math.inf),
         ("ramp lr_start warmup decay mask_replace", "a fraction, from 0 to 1",
          lambda x: 0 <= x <= 1),
         ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
@@ -1353,6 +1363,9 @@ def check(s):
                 raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
     if s.width % (2 * s.heads):
         raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
+    if s.generator_width % min(64, s.generator_width + s.generator_width % 2):
+        raise CramError(f"--generator-width {s.generator_width} must be a multiple of 64, or even "
+                        "and below 64")
 
 
 def resolve_settings(given, saved=None):
@@ -1426,7 +1439,7 @@ def main():
 
     if resume and not (out / "last.pt").exists():
         raise CramError(f"there is no {out}/last.pt to resume")
-    s = None if resume else resolve_settings(given)
+    s = None if resume else resolve_settings(given)  # a wrong flag leaves no folder behind
     with lock_folder(out):
         saved = load_file(out / "last.pt") if resume else None
         if resume:
@@ -1444,5 +1457,8 @@ if __name__ == "__main__":
         main()
     except (CramError, OSError) as error:
         sys.exit(f"cram.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("cram.py: out of memory: is another program on the card? Continue with --resume "
+                 "and a smaller --microbatch")
     except KeyboardInterrupt:
         sys.exit("\ncram.py: interrupted")
