@@ -854,8 +854,7 @@ def electra(**settings):
 
 def test_electra_losses_by_slow_formulas():
     model, rows, (ids, positions, targets, uniform) = electra()
-    loss, generator_loss, rtd_loss, corrected_loss, found, replaced = model(
-        ids, positions, targets, uniform)
+    loss, generator_loss, rtd_loss, found, replaced = model(ids, positions, targets, uniform)
 
     guesses = model.generator.logits(ids).softmax(-1).detach().numpy()
     shown, surprise = rows.clone(), []
@@ -876,14 +875,7 @@ def test_electra_losses_by_slow_formulas():
     expected = -torch.where(is_replaced, p, 1 - p).log().mean().item()
     assert rtd_loss.item() == pytest.approx(expected, rel=1e-5)
     assert found.item() == pytest.approx(((p > 0.5) & is_replaced).double().mean().item())
-
-    d = model.discriminator
-    p = (d.head(d.encode(shown)) @ d.embed.weight.T).softmax(-1)
-    corrected = -np.mean([p[b, t, rows[b, t]].log().item()
-                          for b, row in enumerate(positions.tolist()) for t in row])
-    assert corrected_loss.item() == pytest.approx(corrected, rel=1e-5)
-    total = np.mean(surprise) + 50 * expected + corrected
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(surprise) + 50 * expected, rel=1e-5)
 
 
 def test_electra_gradients():
@@ -925,7 +917,7 @@ def test_electra_counts_its_operations():
     L, C = s.layers, s.width
     trunk = L * (4 + 6) * C * C * 6 + 12 * L * 128 * C
     generator = 6 * (4 + 6) * 256 * 256 * 6 + 12 * 6 * 128 * 256
-    assert flops == pytest.approx(trunk + generator + 2 * 6 * 32_768 * C * 0.15, rel=0.01)
+    assert flops == pytest.approx(trunk + generator + 6 * 32_768 * C * 0.15, rel=0.01)
 
 
 # ------------------------------------------------------------------------------ the recipe
@@ -1070,11 +1062,11 @@ def test_a_long_budget_and_a_random_order_skip_nothing():
 # ------------------------------------------------------------------------------ a training run
 
 
-@pytest.mark.parametrize("recipe, loss", [("crammed", 4.0), ("modern", 4.0), ("electra", 4.0)])
+@pytest.mark.parametrize("recipe, loss", [("crammed", 4.668), ("modern", 4.665), ("electra", 4.947)])
 def test_the_final_loss_of_each_recipe(train, recipe, loss):
     """Numbers from this code: whatever moves them changes what a recipe computes."""
-    _, log = train(recipe=recipe, steps=300, lr=1e-2, generator_layers=1, generator_width=16)
-    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.02)
+    _, log = train(recipe=recipe, steps=40, generator_layers=1, generator_width=16)
+    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.005)
 
 
 def test_a_run_learns_and_keeps_its_books(train, data):
@@ -1453,7 +1445,7 @@ def test_a_model_without_a_finite_validation_loss_is_no_model(train, monkeypatch
 
 
 def test_the_microbatch_is_halved_until_a_step_fits(capsys):
-    """On a card; here without one. The search moves no weight and leaves no optimizer state."""
+    """On a card; here without one. The search moves no weight and leaves no momentum."""
     s = cram.Settings(**{**cram.RECIPES["modern"], "layers": 1, "width": 32, "heads": 2,
                          "batch": 64})
     model = cram.build_model(s, 50, 16)
@@ -1469,7 +1461,9 @@ def test_the_microbatch_is_halved_until_a_step_fits(capsys):
 
     assert cram.find_microbatch(32, s, 16, model, optimizers, small_card) == 8
     assert tried == [32, 16, 8] and capsys.readouterr().out.count("trying half") == 2
-    assert same(model.state_dict(), before) and not any(o.state for o in optimizers)
+    assert same(model.state_dict(), before)
+    assert not any(x.any() for o in optimizers for state in o.state.values()
+                   for x in state.values())
     assert all(p.grad is None for p in model.parameters())
 
 
