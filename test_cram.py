@@ -847,6 +847,19 @@ def test_padding_and_decoding_only_some_positions_change_nothing(kind):
     torch.testing.assert_close(model.encode(ids, mask)[:, :9], model.encode(ids[:, :9]))
 
 
+def test_rotary_attention_knows_distances_and_no_positions():
+    table = cram.rope_table(16, 8).double()
+    q, k = torch.randn(2, 1, 1, 16, 8, dtype=torch.double)
+    q, k = q[:, :, :1].expand(q.shape), k[:, :, :1].expand(k.shape)  # one vector everywhere
+    scores = (cram.apply_rope(q, table) @ cram.apply_rope(k, table).mT)[0, 0]
+    for distance in range(-15, 16):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand(len(along)), rtol=1e-5, atol=1e-5)
+    assert scores[0].std() > 0.1
+    assert table[:, 1, 0].tolist() == pytest.approx([math.cos(1), math.sin(1)])
+    assert table[:, 1, 3].tolist() == pytest.approx([math.cos(1e-3), math.sin(1e-3)])  # 10,000^-3/4
+
+
 @BOTH
 def test_dropout_only_in_fine_tuning(kind):
     """After the embedding, in attention, after attention and FFN, before the last layer."""
@@ -1082,13 +1095,13 @@ def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
 
 
 @pytest.mark.parametrize("recipe, loss, val_loss", [
-    ("crammed", 4.6232, 4.5759), ("modern", 4.5441, 4.5304), ("electra", 30.3429, 4.5278)])
+    ("crammed", 4.62322, 4.57589), ("modern", 4.54408, 4.53045), ("electra", 30.34286, 4.52782)])
 def test_the_final_loss_of_each_recipe(train, recipe, loss, val_loss):
     """Numbers from this code: whatever moves them changes what a recipe computes. (Two threads
     instead of one move them by 5e-6. Learning is another test's.)"""
     _, log = train(**{**ELECTRA, "recipe": recipe}, steps=40, lr=1e-2)
-    assert log[-1]["loss"] == pytest.approx(loss, abs=1e-3)
-    assert log[-1]["val_loss"] == pytest.approx(val_loss, abs=1e-3)
+    assert log[-1]["loss"] == pytest.approx(loss, abs=2e-4)
+    assert log[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
 
 
 def test_a_run_learns_and_keeps_its_books(train):
