@@ -1767,6 +1767,17 @@ def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
     assert finetune_glue.epoch_batches(split, 8, 3, 4)[0].tolist() != rows.tolist()
 
 
+def test_padding_changes_no_prediction_and_evaluation_keeps_the_order():
+    trial, split = trial_of(), split_of(LENGTHS)
+    trial.task = finetune_glue.TASKS["stsb"]  # whose predictions are numbers
+    predicted = trial.predict(split)
+    with torch.no_grad():
+        for i, length in enumerate(LENGTHS):
+            alone = trial.model(split.ids[i : i + 1, :length], None)[0, 0]
+            assert np.allclose(predicted[i], alone, atol=1e-5)
+    assert len(np.unique(predicted.round(5))) == 30  # rows differ, so that order would show
+
+
 def test_a_trial_is_adamw_on_its_batches():
     """Against the plain loop: padded to each batch's longest, lr a number."""
     trial, split = trial_of(seed=5, lr=1e-3), split_of(LENGTHS)
