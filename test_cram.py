@@ -1,10 +1,34 @@
-"""What the three scripts promise, as tests: pytest -q (some four minutes on two cores, no network).
+"""What the three scripts promise, as tests. No network; everything runs on text made here.
 
-    pytest -q -m "not slow"   without those that take long
-    pytest -q -m cuda         only those that need a card
+    pytest -q                 all, some three minutes on two idle cores
+    pytest -q -m "not slow"   half a minute
+    pytest -q -m cuda         the tests that need a card
 
-Sections: preparing data, the model, ELECTRA, the recipe, a training run, an interrupted run,
-several processes, export, bad input, GLUE. Everything runs on small text that is made here.
+| promise | tests (test_...) |
+|---|---|
+| prepare: text becomes lower-case ASCII, no words glued | normalizer* |
+| special tokens are ids 0 to 4 and never read from text | special_tokens* |
+| rows lose nothing and are sorted; both splits; counts | packing*, smallest_corpus*, counts* |
+| every kind of source; bad parts are named and skipped | a_folder*, every_kind*, long_or_damaged* |
+| the hub: default command, faults, outage, revision | default_command* to without_a_network* |
+| killed, stopped, two at once: the same bytes | killed_and_restarted* to a_work_file* |
+| the model, ELECTRA and dropout are the papers' | parameters* to sampled_tokens* |
+| settings, schedules, optimizers, masks, order of rows | defaults* to a_long_budget* |
+| what each recipe computes has not moved | final_loss* |
+| a run learns; log, validation, --fill, load_checkpoint | a_run_learns* to checkpoint_of_an_* |
+| microbatch and processes change no result | microbatch_changes*, two_processes* |
+| the deadline holds | the_clock* |
+| resume is exact, also after kill -9 | interrupted_twice*, finished_run*, killed_at_any* |
+| nothing is overwritten; one run a folder; signals save | neither_overwritten*, signals_save* |
+| screens, names and full disks end no run | outlives_its_screen*, names*, full_disk* |
+| steps, weights that are not finite | step_that_is_not*, diverged*, model_that_is_not* |
+| torchrun: both stop together, one can go on | a_signal_to_one* |
+| --export is the same model in transformers | exported_model*, cannot_be_exported* |
+| a card: compilation, microbatch search, CUDA graphs | compiled_run*, microbatch_is*, replayed* |
+| GLUE: metrics, examples, schedule, training loop | metrics* to adamw* |
+| GLUE: all tasks, the hub, files for the server, own task | all_of_glue* to scratch* |
+| GLUE: a score depends on nothing else; finished is skipped | finished_if*, depends_on_nothing* |
+| bad input: one sentence that says what to do | *says_what_is_wrong, no_checkpoint*, glue_needs* |
 """
 
 import argparse
@@ -42,31 +66,64 @@ import prepare
 
 HERE = Path(__file__).parent
 TINY = {"layers": 2, "width": 32, "heads": 4, "batch": 32, "lr": 3e-3, "device": "cpu"}
+ELECTRA = {"recipe": "electra", "generator_layers": 1, "generator_width": 16}
+slow = pytest.mark.slow
 
 
-def script(name, *args, code=0, before="", **popen):
-    """Run one of the scripts as a user does; `before` is Python to run first in its process."""
-    command = [sys.executable, HERE / name, *map(str, args)]
-    if before:
-        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; {before}"
-        command = [sys.executable, "-c", main + "; it.main()", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **popen)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def flags_of(settings):
+    return [x for name, value in settings.items() for x in (f"--{name}".replace("_", "-"), value)]
+
+
+def launch(name, *args, before="", change=None, **popen):
+    """Start one of the scripts as a user does. `change` gives its constants other values, and
+    `before` is Python to run first in its process, where the script is `it`."""
+    command = [sys.executable, HERE / name, *args]
+    if before or change:
+        constants = "".join(f"it.{key}; it.{key} = {value!r}; "
+                            for key, value in (change or {}).items())
+        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; "
+        command[1:2] = ["-c", f"{main}{constants}{before or 'pass'}\nit.main()"]
+    return subprocess.Popen([*map(str, command)], **{
+        "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen})
+
+
+def script(name, *args, code=0, **launching):
+    """Run one of the scripts to its end: what it prints."""
+    process = launch(name, *args, **launching)
+    try:
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == code, printed
+    assert "Traceback" not in printed, printed
+    return printed
 
 
 @pytest.fixture
-def complaint(monkeypatch, capsys):
-    """What a script says to arguments that it refuses. In this process: to start one takes longer
-    than all else. (test_fill_and_python_interface sees one come out of a process.)"""
-    def run(module, *args):
-        monkeypatch.setattr(cram, "Stop", lambda: argparse.Namespace(asked=False))
-        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
-        with pytest.raises((cram.CramError, SystemExit)) as error:
-            module.main()
-        return str(error.value) + capsys.readouterr().err
+def command(monkeypatch, capsys):
+    """Run a script's main() in this process, as to start one takes seconds: what it prints.
+    With refused="words" it must say them and stop."""
+    handlers = [(number, signal.getsignal(number)) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
-    return run
+    def run(module, *args, refused=None, **flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [
+            module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])])
+        if refused is None:
+            module.main()
+            return capsys.readouterr().out
+        with pytest.raises((cram.CramError, OSError, SystemExit)) as error:
+            module.main()
+        printed = str(error.value) + capsys.readouterr().err
+        assert refused in printed, printed
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 LETTERS = random.Random(0)
@@ -87,33 +144,77 @@ def write_jsonl(path, texts):
     return path
 
 
+SMALL_ROWS = ["--vocab-size", 700, "--seq-len", 32]
+
+
+def prepare_rows(source, out, *args, **launching):
+    """Run prepare.py on a path, a list of texts, or (None) the default: what it prints."""
+    if isinstance(source, list):
+        source = write_jsonl(out.with_name(out.name + ".jsonl"), source)
+    source = [] if source is None else ["--source", source]
+    return script("prepare.py", *source, "--out", out, *SMALL_ROWS, *args, **launching)
+
+
+def stop_at_file(n):
+    """Python that stops a script where it is about to put its n-th file in place, or clears up."""
+    return (f"import os, shutil, itertools; calls = itertools.count(1); "
+            f"at = lambda real: lambda *a, **k: real(*a, **k) if next(calls) < {n} else "
+            f"sys.exit('stopped'); os.replace = at(os.replace); shutil.rmtree = at(shutil.rmtree)")
+
+
+def meta_of(out):
+    return json.loads((out / "meta.json").read_text())
+
+
+def rows_of(out, split="train"):
+    return np.fromfile(out / f"{split}.bin", "<u2").reshape(-1, meta_of(out)["seq_len"])
+
+
+def tokenizer_of(out):
+    return Tokenizer.from_file(str(out / "tokenizer.json"))
+
+
+def files_of(out):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A prepared folder: rows of 32, some 700 tokens, one document in a hundred to validate on."""
+    """A prepared folder: rows of 32, 700 tokens, one document in a hundred to validate on."""
     folder = tmp_path_factory.mktemp("data")
-    source = write_jsonl(folder / "text.jsonl", [sentences(i, 8 + i % 5) for i in range(400)])
-    script("prepare.py", "--source", source, "--out", folder / "rows", "--vocab-size", 700,
-           "--seq-len", 32)
+    texts = [sentences(i, 8 + i % 5) + " <mask> <sep>" * (i == 0) for i in range(400)]
+    prepare_rows(write_jsonl(folder / "text.jsonl", texts), folder / "rows")
     return folder / "rows"
 
 
-@pytest.fixture
-def train(data, tmp_path, monkeypatch):
-    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log)."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+def stop_at(n):
+    """Stands in for cram.Stop: asks for a stop after n steps."""
+    asked = itertools.count()
+    return type("Stop", (), {"asked": property(lambda self: next(asked) >= n)})
 
-    def run(out="out", resume=False, **flags):
-        flags = {**({} if resume else {"data": str(data), **TINY}), **flags,
-                 "out": str(tmp_path / out)}
-        saved = cram.load_file(tmp_path / out / "last.pt") if resume else None
-        with cram.lock_folder(tmp_path / out):
-            cram.train(cram.resolve_settings(flags, saved), saved)
-        return read_run(tmp_path / out)
+
+@pytest.fixture
+def train(data, tmp_path, monkeypatch, command):
+    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log)."""
+    def run(out="out", resume=False, stop_after=None, refused=None, **flags):
+        with monkeypatch.context() as patch:
+            if stop_after is not None:
+                patch.setattr(cram, "Stop", stop_at(stop_after))
+            args = ["--resume"] if resume else ["--data", data, *flags_of(TINY)]
+            run.printed = command(
+                cram, *args, "--out", tmp_path / out, refused=refused, **flags)
+        return refused is None and read_run(tmp_path / out)
 
     run.folder = tmp_path
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(data, tmp_path_factory):
+    """ckpt.pt of a short run of the paper's recipe, from a process of its own."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    script("cram.py", "--data", data, "--out", out, "--steps", 20, *flags_of(TINY))
+    return out / "ckpt.pt"
 
 
 def read_run(out):
@@ -147,7 +248,7 @@ def assert_same_run(one, other):
     assert same([*map(untimed, a_log)], [*map(untimed, b_log)])
 
 
-# ------------------------------------------------------------------------------ preparing data
+# --------------------------------------------------------------------------- prepare: text and rows
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -187,69 +288,13 @@ def test_normalizer_glues_nothing_and_its_short_form_agrees_on_ascii():
             assert not text.isascii() or normal == short.normalize_str(text)
 
 
-def test_very_long_word_is_one_unknown_token(data):
-    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    ids = tokenizer.encode("a" * 101 + " " + "b" * 100).ids
+def test_special_tokens_come_first_and_are_not_read_from_text(data):
+    tokenizer, rows = tokenizer_of(data), rows_of(data)
+    assert [tokenizer.id_to_token(i) for i in range(5)] == [
+        "<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
+    assert not (rows == cram.MASK).any() and (rows == cram.SEP).sum() <= 400  # one a document
+    ids = tokenizer.encode("a" * 101 + " " + "b" * 100).ids  # a very long word is unknown
     assert ids[0] == cram.UNK and cram.UNK not in ids[1:]
-
-
-def test_special_tokens_come_first_and_are_not_read_from_text(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(1, 30) + " <mask> <sep>", *(
-        sentences(i, 30) for i in range(60))])
-    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 700,
-           "--seq-len", 16)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
-    assert [tokenizer.id_to_token(i) for i in range(5)] == prepare.SPECIAL_TOKENS
-    rows = np.fromfile(tmp_path / "d/train.bin", np.uint16)
-    assert not (rows == cram.MASK).any() and (rows == cram.SEP).sum() <= 61
-
-
-def reference_rows(texts, tokenizer, seq_len):
-    """Packing, as plainly as it can be said; validation documents by their hash."""
-    streams = {True: [], False: []}
-    for text in texts:
-        normal = tokenizer.normalizer.normalize_str(text)
-        digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
-        ids = tokenizer.encode(text, add_special_tokens=False).ids + [cram.SEP]
-        to_val = max(0, seq_len - len(streams[True]))  # the first row, then one in a hundred
-        if not to_val and int.from_bytes(digest, "little") % prepare.VAL_EVERY == 0:
-            to_val = len(ids)
-        streams[True] += ids[:to_val]
-        streams[False] += ids[to_val:]
-    return [[tuple(stream[i : i + seq_len]) for i in range(0, len(stream) - seq_len + 1, seq_len)]
-            for stream in (streams[False], streams[True])]
-
-
-def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
-    texts = [sentences(i, 3 + i % 40).replace(". ", ".\n" if i % 2 else ". ") for i in range(300)]
-    source = write_jsonl(tmp_path / "t.jsonl", texts)
-    script("prepare.py", "--source", source, "--out", tmp_path / "d", "--vocab-size", 1000,
-           "--seq-len", 32, before="it.BUCKET_TOKENS = 3200; it.READ_TOKENS = 2240")
-    meta = json.loads((tmp_path / "d/meta.json").read_text())
-    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
-    train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
-    val = np.fromfile(tmp_path / "d/val.bin", "<u2").reshape(-1, 32)
-
-    expected_train, expected_val = reference_rows(texts, tokenizer, 32)
-    assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
-    assert [*map(tuple, val.tolist())] == expected_val  # not sorted
-    assert meta["train_rows"] == len(train) and meta["val_rows"] == len(val)
-    assert meta["documents_kept"] == meta["documents_read"] == 300
-
-    dots = (train == tokenizer.token_to_id(".")).sum(1)
-    assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
-    place = {row: i for i, row in enumerate(expected_train)}
-    ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
-    steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
-    assert 0.3 < (steps > 0).mean() < 0.7
-    assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2  # also across piles
-
-    p = np.unique(train, return_counts=True)[1] / train.size
-    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
-
-    text = tokenizer.decode([t for row in expected_train for t in row if t != cram.SEP])
-    words = set(text.replace(" ##", "").split())
-    assert words <= set(" ".join(texts).replace(".", " .").split()) | set(text.split()[-1:])
 
 
 def test_counts_of_what_is_dropped(tmp_path):
@@ -257,14 +302,12 @@ def test_counts_of_what_is_dropped(tmp_path):
     noise = ["".join(rng.choices("!#$%&*+,-./:;<=>?@^_~0123456789", k=300)) for _ in range(7)]
     good = [sentences(i, 30) for i in range(50)]
     rows = [{"text": t} for t in [*good, *noise, "", " \n ", "漢字", good[3], good[3].upper()]]
-    rows += [{"text": None}, {"text": 5}, {"no": "text"}, [1],
-             {"text": "x\ud800y"}]
+    rows += [{"text": None}, {"text": 5}, {"no": "text"}, [1], {"text": "x\ud800y"}]
     lines = [json.dumps(row) for row in rows] + ["{not json", "[" * 100_000]
     (tmp_path / "t.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
-    printed = script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d",
-                     "--vocab-size", 700, "--seq-len", 32)
+    printed = prepare_rows(tmp_path / "t.jsonl", tmp_path / "d")
     assert "With a small --vocab-size" in printed  # a tenth was too dense
-    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    meta = meta_of(tmp_path / "d")
     assert meta["documents_read"] == len(rows) + 3
     assert meta["invalid"] == 7  # null, number, no column, list, not JSON, too deep, not UTF-8
     assert meta["empty"] == 3
@@ -274,137 +317,188 @@ def test_counts_of_what_is_dropped(tmp_path):
         "empty", "invalid", "dropped_duplicate", "dropped_density")) == meta["documents_read"]
 
 
-def test_dense_is_tokens_against_characters_with_the_spaces_between_lines(tmp_path):
-    texts = [sentences(i, 8).replace(". ", ".\n") for i in range(60)]
-    args = ["--source", write_jsonl(tmp_path / "t.jsonl", texts), "--vocab-size", 700,
-            "--seq-len", 16, "--out"]
-    script("prepare.py", *args, tmp_path / "all")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "all/tokenizer.json"))
-    dense = sorted(len(tokenizer.encode(t).ids) / len(tokenizer.normalizer.normalize_str(t))
-                   for t in texts)
-    assert dense[-1] < 0.3 and dense[29] < dense[30]
-    limit = float(dense[29] + dense[30]) / 2
-    script("prepare.py", *args, tmp_path / "half", before=f"it.MAX_DENSITY = {limit}")
-    assert json.loads((tmp_path / "half/meta.json").read_text())["dropped_density"] == 30
+def reference_rows(texts, tokenizer, seq_len, max_density, val_every, val_max_rows):
+    """Rows to train and to validate on, as plainly as it can be said. A document is dropped if it
+    is dense in tokens. The first row, then one document in val_every, by its hash, validates; what
+    is too much for that is not trained on either."""
+    val, train = [], []
+    for text in texts:
+        normal = tokenizer.normalizer.normalize_str(text)
+        digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
+        ids = tokenizer.encode(text, add_special_tokens=False).ids + [cram.SEP]
+        if len(ids) - 1 >= max_density * len(normal):
+            continue
+        to_val = max(0, seq_len - len(val))
+        if not to_val and int.from_bytes(digest, "little") % val_every == 0:
+            if len(val) >= val_max_rows * seq_len:
+                continue
+            to_val = len(ids)
+        val += ids[:to_val]
+        train += ids[to_val:]
+    return [[tuple(stream[i : i + seq_len]) for i in range(0, len(stream) - seq_len + 1, seq_len)]
+            for stream in (train, val)]
 
 
-def test_tokens_end_it_at_the_end_of_a_chunk_also_when_started_again(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 2) for i in range(4100)])
-    args = ["--source", source, "--vocab-size", 700, "--seq-len", 16, "--tokens", 1000, "--out"]
-    script("prepare.py", *args, tmp_path / "once")
-    assert json.loads((tmp_path / "once/meta.json").read_text())["documents_read"] == 2000
-    script("prepare.py", *args, tmp_path / "again", code=1,
-           before="it.order_rows = lambda *a: sys.exit('stopped')")
-    script("prepare.py", *args, tmp_path / "again")
-    assert files_of(tmp_path / "once") == files_of(tmp_path / "again")
+def check_rows(texts, out, density=0.3, val_every=100, val_rows=16_384, **constants):
+    """Prepare texts and compare with the reference. Returns its training rows, not sorted."""
+    prepare_rows(texts, out, change={"MAX_DENSITY": density, "VAL_EVERY": val_every,
+                                     "VAL_MAX_ROWS": val_rows, **constants})
+    train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
+    expected_train, expected_val = reference_rows(
+        texts, tokenizer_of(out), 32, density, val_every, val_rows)
+    assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
+    assert [*map(tuple, val.tolist())] == expected_val[:val_rows]
+    assert 0 < meta["train_rows"] == len(train) and 0 < meta["val_rows"] == len(val)
+    assert meta["documents_kept"] + meta["dropped_density"] == meta["documents_read"] == len(texts)
+    return expected_train
 
 
-def test_what_validation_does_not_need_is_not_trained_on(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 30) for i in range(60)])
-    metas = []
-    for rows in (16384, 1):
-        script("prepare.py", "--source", source, "--vocab-size", 700, "--seq-len", 32, "--out",
-               tmp_path / str(rows), before=f"it.VAL_EVERY = 2; it.VAL_MAX_ROWS = {rows}")
-        metas.append(json.loads((tmp_path / str(rows) / "meta.json").read_text()))
-    assert metas[0]["train_sha256"] == metas[1]["train_sha256"]
-    assert metas[0]["val_rows"] > metas[1]["val_rows"] == 1
+def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
+    texts = [sentences(i, 3 + i % 40).replace(". ", ".\n" if i % 2 else ". ") for i in range(300)]
+    out = tmp_path / "d"
+    expected = check_rows(texts, out, density=0.168, val_every=3, val_rows=20, BUCKET_TOKENS=3200,
+                          READ_TOKENS=2240, DUPLICATE_SLOTS=7)  # other texts share a slot
+    assert 50 < meta_of(out)["dropped_density"] < 250 and meta_of(out)["val_rows"] == 20
+
+    train, tokenizer = rows_of(out), tokenizer_of(out)
+    dots = (train == tokenizer.token_to_id(".")).sum(1)
+    assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
+    place = {row: i for i, row in enumerate(expected)}
+    ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
+    steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
+    assert 0.3 < (steps > 0).mean() < 0.7
+    assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2  # also across buckets
+
+    p = np.unique(train, return_counts=True)[1] / train.size
+    assert meta_of(out)["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    text = tokenizer.decode([t for row in expected for t in row if t != cram.SEP])
+    words = set(text.replace(" ##", "").split())
+    assert words <= set(" ".join(texts).replace(".", " .").split()) | set(text.split()[-1:])
 
 
-def test_tokenizer_sees_a_share_of_every_file(tmp_path, monkeypatch):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"{name * 9}\n" * 1000)
-    monkeypatch.setattr(prepare, "PIECE", 500)
-    seen = "".join(prepare.sample(prepare.local_files(str(tmp_path), tmp_path / "o"), 4000))
-    assert 1500 < seen.count("a") < 2500 and 1500 < seen.count("b") < 2500
+@slow
+@pytest.mark.parametrize("documents", [1, 2, 3, 20])
+def test_the_smallest_corpus_has_both_splits(tmp_path, documents):
+    check_rows([sentences(i, 60 // documents + 1) for i in range(documents)], tmp_path / "d")
 
 
-def test_duplicates_are_forgotten_only_when_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "DUPLICATE_SLOTS", 8)
-    table = prepare.DuplicateTable(tmp_path / "h", 0)
-    assert not table.add(3) and table.add(3)
-    assert not table.add(11) and not table.add(3)  # same slot
-    assert not table.add(4)
-    table.log.flush()
-    again = prepare.DuplicateTable(tmp_path / "h", 2)  # only 3 and 11 are on record
-    assert again.add(11) and not again.add(4)
+# -------------------------------------------------------------------------------- prepare: sources
 
 
-def test_a_folder_is_read_and_what_is_not_read_is_said(tmp_path, capsys):
-    """Other data beside the text, text in --out itself, a linked folder."""
-    out = tmp_path / "data"
-    for path in ("b.txt", "meta.json", "texts/A.JSONL", "texts/c.csv", "tokenizer.json",
-                 "d.txt.zst", "work/progress.json", "work/deep/x.txt"):
+@slow
+def test_a_folder_is_read_and_what_is_not_read_is_said(tmp_path):
+    """Other files beside the text, text in --out itself, a linked folder; stopped and resumed.
+    The tokenizer sees a share of every file."""
+    out, other_letters = tmp_path / "data", str.maketrans("abcdefghijklmnop", "klmnopqrstuvwxyz")
+    for path in ("texts/c.csv", "tokenizer.json", "d.txt.zst"):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_text("text")
+    (out / "b.txt").write_text("\n".join(sentences(i, 8) for i in range(99)))
+    write_jsonl(out / "texts/A.JSONL", [
+        sentences(i, 8).translate(other_letters) for i in range(99)])
     (out / "linked").symlink_to(tmp_path, target_is_directory=True)
-    assert prepare.local_files(str(out), out) == [str(out / "b.txt"), str(out / "texts/A.JSONL")]
-    printed = capsys.readouterr().out
+    options = {"change": {"TOKENIZER_CHARS": 8000, "PIECE": 500}}
+    prepare_rows(out, out, **options, code=1, before=stop_at_file(3))
+    printed = prepare_rows(out, out, **options)
     assert "1 .jsonl, 1 .txt; not read: 1 .csv, 1 .zst, 1 linked folders" in printed
+    learned = [word for word in tokenizer_of(out).get_vocab() if word in WORDS]
+    others = [word for word in tokenizer_of(out).get_vocab()
+              if word in {known.translate(other_letters) for known in WORDS}]
+    assert len(learned) > 50 and len(others) > 50
 
 
+@slow
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     import datasets
 
-    texts = [sentences(i, 30) for i in range(40)]
-    rows = [{"text": t} for t in texts]
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    with lzma.open(tmp_path / "a.jsonl.xz", "wt") as f:
-        f.write((tmp_path / "a.jsonl").read_text())
+    rows = [{"text": sentences(i, 30)} for i in range(40)]
+    lines = write_jsonl(tmp_path / "a.jsonl", [row["text"] for row in rows]).read_bytes()
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    (tmp_path / "txt").mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / f"txt/{i:03}.txt").write_text(text)
-    folder = tmp_path / "parquet"  # other columns differ, some files have no rows or are no good
-    folder.mkdir()
-    for name, some, extra in (("a[1]", rows[:20], 1), ("b", rows[:0], 1), ("c", rows[20:30], "x"),
-                              ("d", rows[30:], None)):
-        datasets.Dataset.from_list([{"id": extra, **row} for row in some] or [{"text": "", "id": 1}]
-                                   ).select(range(len(some))).to_parquet(folder / f"{name}.parquet")
-    datasets.Dataset.from_list([{"body": "x"}]).to_parquet(folder / "e.parquet")
-    (folder / "f.parquet").write_bytes((folder / "d.parquet").read_bytes()[:300])
-    (folder / "mixed.jsonl").write_text("")
+    texts, tables = tmp_path / "txt", tmp_path / "parquet"
+    texts.mkdir()
+    for i, row in enumerate(rows):
+        (texts / f"{i:03}.txt").write_text(row["text"])
+    tables.mkdir()  # other columns differ, some files have no rows or are no good
+    for name, first, end, extra in (("a[1]", 0, 20, 1), ("b", 0, 0, 1), ("c", 20, 30, "x"),
+                                    ("d", 30, 40, None)):
+        table = datasets.Dataset.from_list([{"id": extra, **row} for row in rows])
+        table.select(range(first, end)).to_parquet(tables / f"{name}.parquet")
+    datasets.Dataset.from_list([{"body": "x"}]).to_parquet(tables / "e.parquet")
+    (tables / "f.parquet").write_bytes((tables / "d.parquet").read_bytes()[:300])
+    (tables / "mixed.jsonl").write_text("")
 
     hashes = set()
     for source in ("a.jsonl", "a.jsonl.xz", "a.json", "b.json.gz", "parquet", "txt"):
-        out = tmp_path / ("out-" + source)
-        printed = script("prepare.py", "--source", tmp_path / source, "--out", out,
-                         "--vocab-size", 700, "--seq-len", 32)
-        hashes.add(json.loads((out / "meta.json").read_text())["train_sha256"])
-        assert not (out / "work").exists()
+        printed = prepare_rows(tmp_path / source, tmp_path / ("out-" + source))
+        hashes.add(meta_of(tmp_path / ("out-" + source))["train_sha256"])
         assert source != "parquet" or ("e.parquet" in printed and "f.parquet" in printed)
     assert len(hashes) == 1
 
 
-def test_long_text_file_is_read_in_pieces(tmp_path, monkeypatch):
+def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "PIECE", 1000)
+    monkeypatch.setattr(prepare, "MAX_DOCUMENT", 10_000)
+
+    def read(name, content):
+        (tmp_path / name).write_bytes(content)
+        return [*prepare.read_file(str(tmp_path / name))]
+
     text = "\n".join(sentences(i, 3) + " ’" for i in range(200))
-    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    parts = [part for part, _ in prepare.read_file(str(tmp_path / "t.txt"))]
+    parts = [part for part, _ in read("t.txt", text.encode())]  # in pieces cut at line ends
     assert "".join(parts) == text and len(parts) > 10
     assert all(part.endswith("\n") for part in parts[:-1])
-    (tmp_path / "line.txt").write_bytes("word’".encode() * 400 + b"caf\xe9 \xff" + b"word" * 9)
-    *parts, (none, reason) = prepare.read_file(str(tmp_path / "line.txt"))
-    assert "".join(part for part, _ in parts) == "word’" * 400 + "caf\ufffd \ufffd" + "word" * 9
-    assert none is None and "2 bytes that are not UTF-8" in reason
-    cut = [*prepare.pieces("word " * 500)]
+    cut = [*prepare.pieces("word " * 500)]  # or at spaces
     assert "".join(cut) == "word " * 500 and len(cut) == 3 and max(map(len, cut)) <= 1000
-    assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)  # at spaces only
+    assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)
+
+    *parts, (none, reason) = read("line.txt", "word’".encode() * 400 + b"caf\xe9 \xff" + b"w" * 9)
+    assert "".join(part for part, _ in parts) == "word’" * 400 + "caf\ufffd \ufffd" + "w" * 9
+    assert none is None and "2 bytes that are not UTF-8" in reason
+    packed = lzma.compress(b"".join(
+        b'{"text": "%s"}\n' % sentences(i, 20).encode() for i in range(400)))
+    *documents, (none, reason) = read("cut.jsonl.xz", packed[: len(packed) // 2])
+    assert len(documents) > 50 and all(text for text, _ in documents) and "cut off" in reason
+    lines = b'{"text": "%s"}\n{"text": "short"}' % (b"x" * 50_000)
+    (none, reason), short = read("long.jsonl", lines)
+    assert none is None and "over 10,000 bytes" in reason and short == ("short", None)
+
+
+@pytest.mark.parametrize("content, args, words", [
+    (None, [], "nothing to read there"),
+    (b"", [], "too little text: 0 tokens of 0 documents"),
+    (b'{"body": "x"}\n', [], "no column \"text\", but ['body"),
+    (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
+    (b'{"text": "too short"}\n', [], "too little text"),
+    (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
+    (b'{"text": "x"}\n', ["--tokens", 0], "at least one row"),
+    (b'{"text": "x"}\n', ["--tokens", "inf"], "at least one row, and finite"),
+    (b'{"text": "x"}\n', ["--source", ""], "--source is empty"),
+])
+def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
+    if content is not None:
+        (tmp_path / "t.jsonl").write_bytes(content)
+    printed = prepare_rows(tmp_path / "t.jsonl", tmp_path / "d", *args, code=2 if args else 1)
+    assert words in printed and not (tmp_path / "d").exists()
+
+
+# -------------------------------------------------------------------------------- prepare: the hub
 
 
 class Hub(http.server.ThreadingHTTPServer):
     """The Hugging Face hub as far as its client asks it, with files {repository: {path: bytes}}.
 
-    `fault(path, first_byte)` may give a status to fail with, "cut" to close the connection in the
-    middle of the answer, or None.
+    `fault(path)` may give a status to fail with, "cut" to close the connection in the middle of the
+    answer, or None. `asked` lists the paths asked for.
     """
 
     daemon_threads = True
 
     def __init__(self, repositories, home):
         super().__init__(("127.0.0.1", 0), HubRequest)
-        self.repositories, self.sha, self.asked = repositories, "a" * 40, []
-        self.fault = lambda path, first_byte: None
+        self.repositories, self.sha = repositories, "a" * 40
+        self.asked, self.fault = [], lambda path: None
         self.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
                     "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -426,276 +520,237 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body if not self.cut else body[: len(body) // 2])
-        self.close_connection = self.close_connection or self.cut
+            self.wfile.write(body if not self.close_connection else body[: len(body) // 2])
 
     def do_GET(self):
-        path = urllib.parse.unquote(self.path.partition("?")[0])
-        first, _, last = self.headers.get("Range", "bytes=0-")[6:].partition("-")
-        first = int(first)
-        fault = self.server.fault(path, first)
-        self.cut = fault == "cut"
-        self.server.asked.append((self.command, path, first))
+        path, hub = urllib.parse.unquote(self.path.partition("?")[0]), self.server
+        hub.asked.append(path)
+        fault = hub.fault(path)
+        self.close_connection = self.close_connection or fault == "cut"
         found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)"
                              r"(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
-        sha = found[3] if found and found[3] and len(found[3]) == 40 else self.server.sha
-        files = self.server.repositories.get(found and found[1])
+        repository, what, revision, name = found.groups() if found else [None] * 4
+        files, sha = hub.repositories.get(repository), hub.sha
+        if revision and len(revision) == 40:
+            sha = revision
         if isinstance(fault, int):
             self.reply(fault)
         elif files is None:
             self.reply(404, X_Error_Code="RepoNotFound")
-        elif found[2] in (None, "revision"):
+        elif what in (None, "revision"):
             self.reply(200, json.dumps({
-                "id": found[1], "sha": sha, "tags": [], "private": False, "gated": False,
+                "id": repository, "sha": sha, "tags": [], "private": False, "gated": False,
                 "lastModified": "2024-01-01T00:00:00.000Z",
                 "siblings": [{"rfilename": name} for name in files]}).encode())
-        elif found[2] == "tree":
-            under = f"{found[4]}/" if found[4] else ""
-            inside = {name[len(under):].partition("/")[:2] for name in files
-                      if name.startswith(under)}
+        elif what == "tree":
+            under = f"{name}/" if name else ""
+            inside = {file[len(under):].partition("/")[:2] for file in files
+                      if file.startswith(under)}
             entries = [{"type": "directory" if folder else "file", "oid": "b" * 40,
-                        "path": under + name, "size": len(files.get(under + name, b""))}
-                       for name, folder in sorted(inside)]
+                        "path": under + file, "size": len(files.get(under + file, b""))}
+                       for file, folder in sorted(inside)]
             self.reply(200 if inside else 404, json.dumps(entries).encode(),
                        X_Error_Code="EntryNotFound")
-        elif found[4] not in files:
+        elif name not in files:
             self.reply(404, X_Error_Code="EntryNotFound")
         else:
-            body = files[found[4]]
-            part = body[first : int(last) + 1 if last else None]
+            first, _, last = self.headers.get("Range", "bytes=0-")[6:].partition("-")
+            part = files[name][int(first) : int(last) + 1 if last else None]
             self.reply(206 if "Range" in self.headers else 200, part, X_Repo_Commit=sha,
-                       ETag=f'"{hash(body)}"',
-                       Content_Range=f"bytes {first}-{first + len(part) - 1}/{len(body)}")
+                       ETag=f'"{hash(files[name])}"', Content_Range=(
+                           f"bytes {first}-{int(first) + len(part) - 1}/{len(files[name])}"))
 
     do_HEAD = do_GET
 
 
-def hub_c4(texts, shards, home):
-    """C4 as it lies on the hub: gzipped lines in en/, and a README that says which."""
-    lines = [json.dumps({"text": text, "timestamp": "2019", "url": f"http://{i}"}) + "\n"
-             for i, text in enumerate(texts)]
-    size = -(-len(lines) // shards)
-    files = {f"en/c4-train.{i:05}-of-{shards:05}.json.gz":
-             gzip.compress("".join(lines[i * size : (i + 1) * size]).encode(), mtime=0)
-             for i in range(shards)}
+def hub_readme(configuration, **paths):
+    """README.md of a repository on the hub, which says where its splits are."""
+    splits = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in paths.items())
+    return (f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{splits}---\n").encode()
+
+
+def hub_c4(texts, home):
+    """C4 as it lies on the hub: gzipped lines, here in three files."""
+    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) + "\n"
+             for text in texts]
+    files = {f"en/c4-train.{i:05}-of-00003.json.gz": gzip.compress(
+        "".join(lines[i * len(lines) // 3 : (i + 1) * len(lines) // 3]).encode(), mtime=0)
+        for i in range(3)}
     files["en/c4-validation.00000-of-00001.json.gz"] = gzip.compress(b"")
-    files["README.md"] = b"""---
-configs:
-- config_name: en
-  data_files:
-  - split: train
-    path: en/c4-train.*.json.gz
-  - split: validation
-    path: en/c4-validation.*.json.gz
----
-"""
+    files["README.md"] = hub_readme("en", train="en/c4-train.*.json.gz",
+                                    validation="en/c4-validation.*.json.gz")
     return Hub({"allenai/c4": files}, home)
 
 
 IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.001))"
 TEXTS = [sentences(i, 30) for i in range(400)]
-FROM_HUB = ["--vocab-size", 700, "--seq-len", 32]
 
 
 def is_shard(path, number):
     return path.endswith(f"{number:05}-of-00003.json.gz")
 
 
-def test_the_default_command_reads_c4_and_survives_an_unreliable_network(tmp_path):
-    hub = hub_c4(TEXTS, 3, tmp_path / "home")
-    script("prepare.py", *FROM_HUB, "--out", tmp_path / "hub", env=hub.env)
-    script("prepare.py", *FROM_HUB, "--out", tmp_path / "local", "--source",
-           write_jsonl(tmp_path / "t.jsonl", TEXTS))
+@pytest.fixture
+def c4(tmp_path):
+    return hub_c4(TEXTS, tmp_path / "home")
+
+
+@slow
+def test_the_default_command_reads_c4_and_survives_an_unreliable_network(c4, tmp_path):
+    prepare_rows(None, tmp_path / "hub", env=c4.env)
+    prepare_rows(TEXTS, tmp_path / "local")
     one, other = (files_of(tmp_path / name) for name in ("hub", "local"))
     assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
-    meta = json.loads((tmp_path / "hub/meta.json").read_text())
-    assert meta["documents_read"] == 400 and meta["revision"] == hub.sha
+    meta = meta_of(tmp_path / "hub")
+    assert meta["documents_read"] == 400 and meta["revision"] == c4.sha
 
     failures = [500, "cut", 429, 503] * 20  # longer than the client itself tries again
-    hub.fault = lambda path, first: failures.pop() if is_shard(path, 1) and failures else None
-    printed = script("prepare.py", *FROM_HUB, "--out", tmp_path / "faults", env=hub.env,
-                     before=IMPATIENT)
+    c4.fault = lambda path: failures.pop() if is_shard(path, 1) and failures else None
+    printed = prepare_rows(None, tmp_path / "faults", env=c4.env, before=IMPATIENT)
     assert not failures and "does not answer" in printed
     assert files_of(tmp_path / "faults") == one
 
 
-def test_an_outage_ends_the_run_which_goes_on_at_the_same_revision(tmp_path):
-    hub = hub_c4(TEXTS, 3, tmp_path / "home")
-    script("prepare.py", *FROM_HUB, "--out", tmp_path / "once", env=hub.env)
-    old, asked = hub.sha, []
+@slow
+def test_an_outage_ends_the_run_which_goes_on_at_the_same_revision(c4, tmp_path):
+    prepare_rows(None, tmp_path / "once", env=c4.env)
     passes = itertools.count()  # the tokenizer's, then that of packing
-    hub.fault = lambda path, first: 500 if is_shard(path, 2) and next(passes) else None
-    args = [*FROM_HUB, "--out", tmp_path / "d"]
-    printed = script("prepare.py", *args, env=hub.env, code=1,
-                     before=IMPATIENT + "; it.OUTAGE_SECONDS = 0.1; it.SAVE_SECONDS = 0")
-    assert "Start the same command again" in printed and "Traceback" not in printed
-    hub.fault = lambda path, first: 500
-    printed = script("prepare.py", *args, env=hub.env, code=1,
-                     before=IMPATIENT + "; it.OUTAGE_SECONDS = 0.1")  # not even its list of files
-    assert "Start the same command again" in printed and "python-docs" not in printed
+    c4.fault = lambda path: 500 if is_shard(path, 2) and next(passes) else None
+    change = {"OUTAGE_SECONDS": 0.1, "SAVE_SECONDS": 0}
+    for _ in range(2):  # the second does not even get the list of files
+        printed = prepare_rows(None, tmp_path / "d", env=c4.env, code=1, before=IMPATIENT,
+                               change=change)
+        assert "Start the same command again" in printed and "python-docs" not in printed
+        c4.fault = lambda path: 500
 
-    hub.sha, hub.fault = "d" * 40, lambda path, first: asked.append(path)
-    script("prepare.py", *args, env=hub.env)
-    assert any(old in path for path in asked) and not any(hub.sha in path for path in asked)
+    old, c4.sha, c4.fault, c4.asked = c4.sha, "d" * 40, lambda path: None, []
+    prepare_rows(None, tmp_path / "d", env=c4.env)
+    assert any(old in path for path in c4.asked) and not any(c4.sha in path for path in c4.asked)
     assert files_of(tmp_path / "d") == files_of(tmp_path / "once")
 
 
+@slow
 def test_killed_in_the_middle_of_a_shard_it_says_that_it_reads_it_again(tmp_path):
-    hub = hub_c4([sentences(i, 40) for i in range(1500)], 3, tmp_path / "home")
-    args = [*FROM_HUB, "--out"]
-    script("prepare.py", *args, tmp_path / "once", env=hub.env)
-    kill = ("import os; save = it.Packer.save; it.SAVE_SECONDS = 0; it.Packer.save = lambda self: "
-            "(save(self), self.counts['documents_read'] > 700 and os.kill(os.getpid(), 9))")
-    script("prepare.py", *args, tmp_path / "killed", env=hub.env, before=kill, code=-9)
-    printed = script("prepare.py", *args, tmp_path / "killed", env=hub.env)
+    hub = hub_c4([sentences(i, 40) for i in range(700)], tmp_path / "home")
+    prepare_rows(None, tmp_path / "once", env=hub.env)
+    kill = ("import os; save = it.Packer.save; it.Packer.save = lambda self: "
+            "(save(self), self.counts['documents_read'] > 300 and os.kill(os.getpid(), 9))")
+    prepare_rows(None, tmp_path / "killed", env=hub.env, before=kill, change={"SAVE_SECONDS": 0},
+                 code=-9)
+    printed = prepare_rows(None, tmp_path / "killed", env=hub.env)
     assert "again from its start, up to document" in printed
     assert files_of(tmp_path / "once") == files_of(tmp_path / "killed")
 
 
-def test_a_damaged_shard_is_named_and_its_rest_skipped(tmp_path):
-    hub = hub_c4(TEXTS, 3, tmp_path / "home")
-    files = hub.repositories["allenai/c4"]
-    name = "en/c4-train.00001-of-00003.json.gz"
+@slow
+def test_a_damaged_shard_is_named_and_its_rest_skipped(c4, tmp_path):
+    files, name = c4.repositories["allenai/c4"], "en/c4-train.00001-of-00003.json.gz"
     files[name] = files[name][: len(files[name]) // 2] + bytes(1000)
-    printed = script("prepare.py", *FROM_HUB, "--out", tmp_path / "d", env=hub.env)
-    assert f"skipped: hf://datasets/allenai/c4@{hub.sha}/{name}: the file is damaged" in printed
-    meta = json.loads((tmp_path / "d/meta.json").read_text())
+    printed = prepare_rows(None, tmp_path / "d", env=c4.env)
+    assert f"skipped: hf://datasets/allenai/c4@{c4.sha}/{name}: the file is damaged" in printed
+    meta = meta_of(tmp_path / "d")
     assert meta["invalid"] == 1 and 300 < meta["documents_kept"] < 399
-    shards = [path for _, path, _ in hub.asked if is_shard(path, 1)]
-    assert len(shards) == 2  # once for the tokenizer, once to pack
+    assert sum(is_shard(path, 1) for path in c4.asked) == 2  # for the tokenizer, and to pack
 
 
-def test_without_a_network_the_first_command_says_what_works(tmp_path):
-    hub = hub_c4(TEXTS, 3, tmp_path / "home")
-    hub.shutdown()
-    hub.server_close()
-    printed = script("prepare.py", "--out", tmp_path / "d", env=hub.env, code=1, before=IMPATIENT)
+@slow
+def test_without_a_network_the_first_command_says_what_works(c4, tmp_path):
+    c4.shutdown()
+    c4.server_close()
+    printed = prepare_rows(None, tmp_path / "d", env=c4.env, code=1, before=IMPATIENT)
     assert "--source python-docs" in printed and not (tmp_path / "d").exists()
 
 
-def test_fine_tuning_reads_cola_from_the_hub(data, tmp_path):
-    import datasets
-
-    script("cram.py", "--data", data, "--out", tmp_path / "out", "--steps", 1, "--no-compile",
-           *(word for name, value in TINY.items() for word in (f"--{name}", value)))
-    files = {"README.md": b"---\nconfigs:\n- config_name: cola\n  data_files:\n" + b"".join(
-        f"  - split: {split}\n    path: cola/{split}-*\n".encode()
-        for split in ("train", "validation", "test")) + b"---\n"}
-    for split, n in (("train", 64), ("validation", 16), ("test", 16)):
-        rows = {"sentence": [sentences(i, 1) for i in range(n)],
-                "label": [i % 2 if split != "test" else -1 for i in range(n)], "idx": [*range(n)]}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
-        files[f"cola/{split}-00000-of-00001.parquet"] = (tmp_path / "x.parquet").read_bytes()
-    hub = Hub({"nyu-mll/glue": files}, tmp_path / "home")
-    script("finetune_glue.py", "--task", "cola", "--ckpt", tmp_path / "out/ckpt.pt", "--trials", 1,
-           "--epochs", 1, env=hub.env)
-    assert "cola" in (tmp_path / "out/glue.json").read_text()
+# ---------------------------------------------------------------------------- prepare: interrupted
 
 
-@pytest.fixture(scope="session")
-def larger_text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("larger")
-    texts = [sentences(i, 20 + i % 60) for i in range(4000)]
-    return write_jsonl(folder / "t.jsonl", texts + texts[::2])  # the last third repeats
-
-
-def files_of(out):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
-
-
-def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(larger_text, tmp_path):
-    args = ["--source", larger_text, "--vocab-size", 3000]
-    script("prepare.py", *args, "--out", tmp_path / "once",
-           before="import os; os.sched_setaffinity(0, {0})"
-           if hasattr(os, "sched_setaffinity") else "")
-    main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import prepare as it; "
-    command = [sys.executable, "-c", main + "it.SAVE_SECONDS = 0.05; it.main()", *map(str, args),
-               "--out", str(tmp_path / "killed")]
+@slow
+def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(tmp_path):
+    texts = [sentences(i, 20 + i % 60) for i in range(2000)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts + texts[::2])  # the last third repeats
+    prepare_rows(source, tmp_path / "once", before="import os; os.sched_setaffinity(0, {0})"
+                 if hasattr(os, "sched_setaffinity") else "")
     progress, read = tmp_path / "killed/work/progress.json", [0]
-    for target in (1, 1200, 2500, 4100, 10**9):  # documents read when the process is killed
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for target in (1, 600, 1250, 2100, 10**9):  # documents read when the process is killed
+        process = launch("prepare.py", "--source", source, "--out", tmp_path / "killed",
+                         *SMALL_ROWS, change={"SAVE_SECONDS": 0.05})
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
             if progress.exists():
                 read.append(json.loads(progress.read_text())["counts"]["documents_read"])
         process.kill()
-        process.communicate(timeout=60)  # until the workers have ended too, which hold its stderr
+        process.communicate(timeout=60)  # until the workers have ended too, which hold its output
     assert process.returncode == 0 and len({*read}) > 4
-    assert json.loads((tmp_path / "once/meta.json").read_text())["dropped_duplicate"] == 2000
+    assert meta_of(tmp_path / "once")["dropped_duplicate"] == 1000
     assert files_of(tmp_path / "once") == files_of(tmp_path / "killed")  # meta.json's counts too
 
 
+@slow
 def test_stopped_between_any_two_files_of_the_end_it_goes_on(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
-    args = ["--source", source, "--vocab-size", 700, "--seq-len", 32, "--out"]
-    script("prepare.py", *args, tmp_path / "once")
+    """Also where --tokens ends it: after 2,000 documents, which are tokenized together."""
+    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 2) for i in range(2100)])
+    prepare_rows(source, tmp_path / "once", "--tokens", 1000)
+    assert meta_of(tmp_path / "once")["documents_read"] == 2000
     for n in range(1, 20):
-        stop = (f"import os, shutil, itertools; calls = itertools.count(1); "
-                f"at = lambda real: lambda *a, **k: real(*a, **k) if next(calls) < {n} else "
-                f"sys.exit('stopped'); os.replace = at(os.replace); "
-                f"shutil.rmtree = at(shutil.rmtree)")
         out = tmp_path / str(n)
         try:
-            script("prepare.py", *args, out, before=stop, code=1)
+            prepare_rows(source, out, "--tokens", 1000, before=stop_at_file(n), code=1)
         except AssertionError:
             break  # the run was over before
-        script("prepare.py", *args, out)
+        prepare_rows(source, out, "--tokens", 1000)
         assert files_of(out) == files_of(tmp_path / "once")
     assert n > 7
 
 
-@pytest.mark.parametrize("documents", [1, 2, 3, 20])
-def test_the_smallest_corpus_has_both_splits(tmp_path, documents):
-    """The first tokens are one row to validate on, the rest of them is trained on."""
-    texts = [sentences(i, 60 // documents + 1) for i in range(documents)]
-    (tmp_path / "texts").mkdir()
-    for i, text in enumerate(texts):
-        (tmp_path / f"texts/{i:02}.txt").write_text(text)
-    script("prepare.py", "--source", tmp_path / "texts", "--out", tmp_path / "d", "--vocab-size",
-           700, "--seq-len", 32)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "d/tokenizer.json"))
-    expected_train, expected_val = reference_rows(texts, tokenizer, 32)
-    train = np.fromfile(tmp_path / "d/train.bin", "<u2").reshape(-1, 32)
-    assert [*map(tuple, np.fromfile(tmp_path / "d/val.bin", "<u2").reshape(-1, 32).tolist())] == (
-        expected_val)
-    assert Counter(map(tuple, train.tolist())) == Counter(expected_train) and len(train)
-
-
+@slow
 def test_two_on_one_folder_the_second_is_refused_while_the_first_lives(tmp_path):
     name = os.fsdecode(b"caf\xe9.jsonl")  # a name that is not UTF-8: meta.json must not hold it
     source = write_jsonl(tmp_path / name, [sentences(i, 60) for i in range(30)])
-    args = ["--source", source, "--out", tmp_path / "d", "--vocab-size", 700, "--seq-len", 32]
-    first = subprocess.Popen([sys.executable, HERE / "prepare.py", *map(str, args)])
-    while not (tmp_path / "d/work/arguments.json").exists():
+    out = tmp_path / "d"
+    first = launch("prepare.py", "--source", source, "--out", out, *SMALL_ROWS)
+    while not (out / "work/arguments.json").exists():
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)
-    assert "another prepare.py is writing" in script("prepare.py", *args, code=1)
+    assert "another prepare.py is writing" in prepare_rows(source, out, code=1)
     first.send_signal(signal.SIGCONT)
-    assert first.wait(timeout=60) == 0 and not (tmp_path / "d/work").exists()
-    (tmp_path / "d/meta.json").read_text().encode()
-    assert "caf\\xe9" in json.loads((tmp_path / "d/meta.json").read_text())["source"]
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and not (out / "work").exists()
+    (out / "meta.json").read_text().encode()
+    assert "caf\\xe9" in meta_of(out)["source"]
 
 
+@slow
 def test_a_run_whose_output_nobody_reads_ends_and_goes_on(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(30)])
-    args = ["--source", source, "--out", tmp_path / "d", "--vocab-size", 700, "--seq-len", 32]
-    process = subprocess.Popen([sys.executable, HERE / "prepare.py", *map(str, args)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = launch("prepare.py", "--source", source, "--out", tmp_path / "d", *SMALL_ROWS)
     process.stdout.readline()
     process.stdout.close()  # as `2>&1 | head -1` does, in the middle of a progress bar
     assert process.wait(timeout=60) == 1
-    script("prepare.py", *args)
+    prepare_rows(source, tmp_path / "d")
     assert (tmp_path / "d/meta.json").exists()
 
 
-def test_prepare_starts_over_only_when_told(tmp_path, data):
+def test_prepare_starts_over_only_when_told(tmp_path, data, command):
+    """A complete folder, one made with other arguments, one with work of the user's, damage."""
     source = data.parent / "text.jsonl"
-    again = ["--source", source, "--out", data, "--vocab-size", 700, "--seq-len"]
-    assert "complete already" in script("prepare.py", *again, 32)
-    assert "other seq_len" in script("prepare.py", *again, 64, code=1)
+    args = [prepare, "--source", source, "--out", data, *SMALL_ROWS]
+    assert "complete already" in command(*args)
+    command(*args, "--seq-len", 64, refused="other seq_len")
+    (tmp_path / "d/work").mkdir(parents=True)
+    (tmp_path / "d/work/thesis.tex").write_text("years of it")
+    command(*args, "--out", tmp_path / "d", refused="give another --out")
+    assert (tmp_path / "d/work/thesis.tex").read_text() == "years of it"
 
 
-# ------------------------------------------------------------------------------ the model
+@slow
+def test_a_work_file_that_lost_its_end_is_not_filled_up(tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", TEXTS)
+    prepare_rows(source, tmp_path / "d", before=stop_at_file(4), code=1)  # before train.bin
+    os.truncate(tmp_path / "d/work/train.tokens", 1000)
+    assert "train.tokens is damaged" in prepare_rows(source, tmp_path / "d", code=1)
+
+
+# --------------------------------------------------------------------------------------- the models
 
 
 def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
@@ -707,11 +762,16 @@ def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
     return model.double()
 
 
-def test_parameters_at_the_papers_size():
+@slow
+def test_parameters_and_operations_at_the_papers_size():
     with torch.device("meta"):
         model = cram.CrammedBERT(cram.Settings(), 32_768, 128)
+        electra = cram.Electra(cram.Settings(**cram.RECIPES["electra"]), 32_768, 128)
     assert sum(p.numel() for p in model.parameters()) == 119_589_889
     assert round(model.flops_per_token(0.25) / 1e6) == 623
+    trunks = [10 * L * C * C * 6 + 12 * L * 128 * C for L, C in ((16, 768), (6, 256))]
+    assert electra.flops_per_token(0.15) == pytest.approx(
+        sum(trunks) + 2 * 6 * 32_768 * 768 * 0.15, rel=0.01)
 
 
 def reference_encode(w, ids, heads, mask):
@@ -777,12 +837,14 @@ BOTH = pytest.mark.parametrize("kind", ["crammed", "modernbert"])
 
 
 @BOTH
-def test_the_last_block_may_look_at_the_masked_positions_only(kind):
+def test_padding_and_decoding_only_some_positions_change_nothing(kind):
     model, ids = model_of(kind), torch.randint(50, (3, 16))
+    states = model.encode(ids)
     positions = torch.tensor([[3, 9], [0, 15], [7, 2]])
-    some = model.encode(ids, positions=positions)
-    torch.testing.assert_close(some, torch.stack([
-        row[at] for row, at in zip(model.encode(ids), positions)]))
+    torch.testing.assert_close(model.encode(ids, positions=positions), torch.stack([
+        row[at] for row, at in zip(states, positions)]))
+    mask = torch.arange(16).expand(3, 16) < 9
+    torch.testing.assert_close(model.encode(ids, mask)[:, :9], model.encode(ids[:, :9]))
 
 
 def test_rotary_attention_knows_distances_and_no_positions():
@@ -799,24 +861,14 @@ def test_rotary_attention_knows_distances_and_no_positions():
 
 
 @BOTH
-def test_padding_changes_nothing(kind):
-    model = model_of(kind).eval()
-    ids = torch.randint(50, (1, 9))
-    padded = torch.cat([ids, torch.randint(50, (1, 7))], 1)
-    mask = torch.arange(16)[None] < 9
-    torch.testing.assert_close(model.encode(padded, mask)[:, :9], model.encode(ids))
-
-
-@BOTH
 def test_dropout_only_in_fine_tuning(kind):
     """After the embedding, in attention, after attention and FFN, before the last layer."""
-    ids = torch.randint(50, (2, 16))
-    plain = model_of(kind).train()
+    ids, plain, calls = torch.randint(50, (2, 16)), model_of(kind).train(), []
     assert torch.equal(plain.encode(ids), plain.encode(ids))
     tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
-    places, calls = [m for m in tuned.modules() if isinstance(m, torch.nn.Dropout)], []
-    assert [place.p for place in places] == [0.3] * (1 + 2 * 2 + 1)  # two blocks
+    places = [module for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
     for place in places:
+        assert place.p == 0.3
         place.register_forward_hook(lambda *_: calls.append(1))
     tuned(ids, None)
     assert len(calls) == 1 + 2 * 2 + 1  # a block's is called twice, attention's by its kernel
@@ -838,9 +890,6 @@ def test_initial_weights(kind):
         else:
             value = 128**-0.5 if name == "position_scale" else float(name.endswith("weight"))
             assert (p == value).all(), name
-
-
-# ------------------------------------------------------------------------------ ELECTRA
 
 
 def electra(**settings):
@@ -910,17 +959,7 @@ def test_sampled_tokens_follow_the_distribution(dtype):
     assert last.max() < 30_000  # the sum of so many probabilities may stay below it
 
 
-def test_electra_counts_its_operations():
-    s = cram.Settings(**cram.RECIPES["electra"])
-    with torch.device("meta"):
-        flops = cram.Electra(s, 32_768, 128).flops_per_token(0.15)
-    L, C = s.layers, s.width
-    trunk = L * (4 + 6) * C * C * 6 + 12 * L * 128 * C
-    generator = 6 * (4 + 6) * 256 * 256 * 6 + 12 * 6 * 128 * 256
-    assert flops == pytest.approx(trunk + generator + 6 * 32_768 * C * 0.15, rel=0.01)
-
-
-# ------------------------------------------------------------------------------ the recipe
+# ------------------------------------------------------------------------------------- the recipes
 
 
 def test_defaults_are_the_papers():
@@ -928,21 +967,16 @@ def test_defaults_are_the_papers():
     assert (s.hours, s.layers, s.width, s.heads) == (24, 16, 768, 12)
     assert (s.lr, s.beta1, s.beta2, s.eps) == (1e-3, 0.9, 0.98, 1e-12)
     assert (s.weight_decay, s.clip, s.batch, s.mask_rate) == (0.01, 0.5, 8192, 0.25)
-    assert (finetune_glue.MAX_LENGTH, len(finetune_glue.TASKS)) == (128, 8)
+    assert (finetune_glue.MAX_LENGTH, len(finetune_glue.EIGHT)) == (128, 8)
 
 
-@pytest.mark.parametrize("progress, share", [
-    (0, 0.25), (0.5, 0.75), (0.75, 1), (0.875, 0.5), (1, 0), (2, 0)])
-def test_learning_rate(progress, share):
-    assert cram.lr_at(progress, cram.Settings()) == pytest.approx(1e-3 * share)
-
-
-@pytest.mark.parametrize("progress, share", [
-    (0, 0), (0.015, 0.5), (0.03, 1), (0.3, 1), (0.65, 0.5), (1, 0), (2, 0)])
-def test_learning_rate_of_the_modern_recipe(progress, share):
-    s = cram.Settings(**cram.RECIPES["modern"])
-    assert cram.lr_at(progress, s) == pytest.approx(2e-3 * share)
-    assert cram.lr_at(progress, cram.Settings(warmup=0, decay=0, lr=1)) == 1
+@pytest.mark.parametrize("recipe, peak, shares", [
+    ("crammed", 1e-3, {0: 0.25, 0.5: 0.75, 0.75: 1, 0.875: 0.5, 1: 0, 2: 0}),
+    ("modern", 2e-3, {0: 0, 0.015: 0.5, 0.03: 1, 0.3: 1, 0.65: 0.5, 1: 0, 2: 0})])
+def test_learning_rate(recipe, peak, shares):
+    s = cram.Settings(**cram.RECIPES[recipe])
+    assert {f: cram.lr_at(f, s) / peak for f in shares} == pytest.approx(shares)
+    assert cram.lr_at(0.5, cram.Settings(warmup=0, decay=0, lr=1)) == 1
 
 
 def test_batch_staircase():
@@ -1010,13 +1044,6 @@ def test_masks_are_exact_and_never_the_same():
     assert len(seen) == 3 * 64
 
 
-def test_masks_depend_on_the_seed_and_the_step():
-    rows = torch.zeros(4, 128, dtype=torch.long)
-    draws = {tuple(cram.mask_tokens(rows, 0.25, 0.8, 9, torch.Generator().manual_seed(
-        cram.mask_seed(seed, step)))[1].flatten().tolist()) for seed in (0, 1) for step in (0, 1)}
-    assert len(draws) == 4
-
-
 @pytest.mark.parametrize("order", ["file", "random"])
 def test_row_order(order):
     s = cram.Settings(order=order)
@@ -1030,12 +1057,12 @@ def test_row_order(order):
 
 
 def rows_of_a_run(batches, n_rows, s):
-    """The rows that a run with these batches reads, one array a step."""
+    """The rows that a run with these batches reads, and the position behind them."""
     position, left, rows = 0, sum(batches), []
     for batch in batches:
         rows.append(cram.row_numbers(position, batch, n_rows, s))
         position, left = cram.next_position(position, batch, left, n_rows, s), left - batch
-    return rows, position
+    return np.concatenate(rows), position
 
 
 @pytest.mark.parametrize("passes", [0.3, 0.7, 1.0])
@@ -1044,32 +1071,32 @@ def test_a_short_budget_reads_an_even_share_of_the_whole_file(passes):
     steps = next(n for n in range(10, 10**5) if sum(
         cram.batch_at(k / n, s) for k in range(n)) >= passes * n_rows)
     rows, end = rows_of_a_run([cram.batch_at(k / steps, s) for k in range(steps)], n_rows, s)
-    rows = np.concatenate(rows)
     assert len(set(rows.tolist())) == len(rows) and end >= n_rows
     shares = np.bincount(rows * 5 // n_rows, minlength=5) / (n_rows / 5)
     assert shares == pytest.approx([passes] * 5, rel=0.05)
 
 
-def test_a_long_budget_and_a_random_order_skip_nothing():
-    for order, passes in (("file", 1.5), ("random", 0.3), ("random", 1.5)):
-        s = cram.Settings(order=order)
-        steps = int(1000 * passes / 20)
-        rows, end = rows_of_a_run([20] * steps, 1000, s)
-        assert end == 20 * steps
-        assert np.concatenate(rows).tolist() == cram.row_numbers(0, end, 1000, s).tolist()
+@pytest.mark.parametrize("order, passes", [("file", 1.5), ("random", 0.3), ("random", 1.5)])
+def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
+    s, steps = cram.Settings(order=order), int(50 * passes)
+    rows, end = rows_of_a_run([20] * steps, 1000, s)
+    assert end == 20 * steps and rows.tolist() == cram.row_numbers(0, end, 1000, s).tolist()
 
 
-# ------------------------------------------------------------------------------ a training run
+# ---------------------------------------------------------------------------------- a training run
 
 
-@pytest.mark.parametrize("recipe, loss", [("crammed", 4.668), ("modern", 4.665), ("electra", 4.947)])
-def test_the_final_loss_of_each_recipe(train, recipe, loss):
-    """Numbers from this code: whatever moves them changes what a recipe computes."""
-    _, log = train(recipe=recipe, steps=40, generator_layers=1, generator_width=16)
-    assert log[-1]["val_loss"] == pytest.approx(loss, abs=0.005)
+@pytest.mark.parametrize("recipe, loss, val_loss", [
+    ("crammed", 4.62322, 4.57589), ("modern", 4.54408, 4.53045), ("electra", 30.34286, 4.52782)])
+def test_the_final_loss_of_each_recipe(train, recipe, loss, val_loss):
+    """Numbers from this code: whatever moves them changes what a recipe computes. (Two threads
+    instead of one move them by 5e-6. Learning is another test's.)"""
+    _, log = train(**{**ELECTRA, "recipe": recipe}, steps=40, lr=1e-2)
+    assert log[-1]["loss"] == pytest.approx(loss, abs=2e-4)
+    assert log[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
 
 
-def test_a_run_learns_and_keeps_its_books(train, data):
+def test_a_run_learns_and_keeps_its_books(train):
     saved, log = train(steps=200)
     s = cram.Settings(**saved["settings"])
     rows = [cram.batch_at(k / 200, s) for k in range(200)]
@@ -1084,15 +1111,18 @@ def test_a_run_learns_and_keeps_its_books(train, data):
     val = [line["val_loss"] for line in log if "val_loss" in line]
     assert val[-1] < val[0] - 1
 
-    checkpoint = torch.load(train.folder / "out/ckpt.pt", weights_only=True)
-    assert same(checkpoint["model"], saved["model"])
-    assert checkpoint["result"]["val_loss"] == val[-1]
+    content = torch.load(train.folder / "out/ckpt.pt", weights_only=True)
+    assert same(content["model"], saved["model"]) and content["result"]["val_loss"] == val[-1]
+    summary = train.printed[train.printed.index("\ntokens  "):]  # one block ends the run
+    assert re.findall(r"^\S[a-zA-Z ]+?(?=  )", summary, re.M) == [
+        "tokens", "steps", "wall clock", "after the clock", "peak memory", "exaFLOP",
+        "training loss", "validation loss", "wrote"]
+    assert f"{val[-1]:.3f}" in summary and "200, of which 0 skipped" in summary
 
 
-def test_validation_loss_as_the_contract_defines_it(train, data):
-    _, log = train(steps=4)
-    model, _ = cram.load_checkpoint(train.folder / "out/ckpt.pt")
-    rows = np.fromfile(data / "val.bin", "<u2").reshape(-1, 32)[:4096].astype(int)
+def test_validation_loss_as_the_contract_defines_it(data, checkpoint):
+    model, _ = cram.load_checkpoint(checkpoint)
+    rows = rows_of(data, "val")[:4096].astype(int)
     order = np.random.default_rng(0).random(rows.shape).argsort(1)
     total = []
     for row, positions in zip(rows, order[:, : round(0.15 * 32)]):
@@ -1101,12 +1131,13 @@ def test_validation_loss_as_the_contract_defines_it(train, data):
         with torch.no_grad():
             logits = model.logits(torch.tensor(masked)[None])[0].double().log_softmax(-1)
         total += [-logits[p, row[p]].item() for p in positions]
+    _, log = read_run(checkpoint.parent)
     assert log[-1]["val_loss"] == pytest.approx(np.mean(total), abs=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["crammed", "electra"])
 def test_the_microbatch_changes_nothing(train, recipe):
-    flags = {"recipe": recipe, "optimizer": "adamw", "steps": 6, "generator_width": 16}
+    flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
     whole, log = train("whole", **flags)
     parts, parts_log = train("parts", **flags, microbatch=5)
     for name, p in whole["model"].items():
@@ -1115,23 +1146,20 @@ def test_the_microbatch_changes_nothing(train, recipe):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
 
 
-def test_the_clock(train):
-    began = time.monotonic()
-    saved, log = train(minutes=0.1)
-    assert 5 < time.monotonic() - began < 10
-    assert all(line["elapsed_s"] <= 6.1 for line in log)  # saving comes after the clock
-    assert saved["clock"]["elapsed_s"] == log[-1]["elapsed_s"] < 6.1
-    assert log[-1]["lr"] < 3e-3 * 0.5  # the schedule comes to its end
-    shares = sorted(line["progress"] for line in log if "val_loss" in line)
-    assert len(shares) >= 20 * (1 - saved["clock"]["parts"]["start"] / 6) - 6
-
-
-def test_stop_before_the_deadline_rather_than_after(train, monkeypatch):
-    """A step that would not fit is not begun: with steps of 0.5 s, 2.3 s hold four."""
+def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
+    """Steps of 0.4 s: in 3.8 s there are eight or nine, as none is begun that would end later. The
+    schedule, and a validation every 5 %, follow the clock."""
     real = cram.mask_tokens
-    monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.5), real(*a))[1])
-    saved, log = train(hours=2.3 / 3600, ramp=0)
-    assert saved["state"]["step"] in (3, 4) and log[-1]["elapsed_s"] < 2.4
+    monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.4), real(*a))[1])
+    began = time.monotonic()
+    saved, log = train(minutes=3.8 / 60, ramp=0)
+    assert saved["state"]["step"] in (7, 8, 9) and time.monotonic() - began < 10
+    assert saved["clock"]["elapsed_s"] == log[-1]["elapsed_s"] < 3.85
+    s = cram.Settings(**saved["settings"])
+    for before, line in itertools.pairwise(log[:-1]):
+        assert line["progress"] == pytest.approx(line["elapsed_s"] / 3.8)
+        assert line["lr"] == pytest.approx(cram.lr_at(before["progress"], s), rel=0.05)
+    assert log[-1]["lr"] < 3e-3 * 0.7 and all("val_loss" in line for line in log)
 
 
 def test_a_line_of_the_log():
@@ -1142,10 +1170,8 @@ def test_a_line_of_the_log():
     row = cram.log_row(entry)
     assert row.split() == ["36:01:02", "12:00:21", "75.0%", "12345678", "8192", "1.25e-04",
                            "10.123", "12.346", "123,456,789", "45.7%"]
-    assert len(row) == len(cram.LOG_HEADER) <= 100
-    ends = [[i for i, (a, b) in enumerate(zip(line, line[1:] + " ")) if a != " " and b == " "]
-            for line in (cram.LOG_HEADER, row)]
-    assert ends[0] == ends[1]
+    ends = [[m.end() for m in re.finditer(r"\S+", line)] for line in (cram.LOG_HEADER, row)]
+    assert ends[0] == ends[1] and len(row) <= 100
     assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
 
 
@@ -1153,7 +1179,7 @@ def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch)
     seen, real = [], cram.TrainState.add
     monkeypatch.setattr(cram.TrainState, "add", lambda self, losses: (
         seen.append(losses[0]), real(self, losses)))
-    _, log = train(steps=100)
+    _, log = train(steps=100, layers=1, batch=16)
     starts = [0] + [line["step"] for line in log]
     assert len(log) >= 50 and starts[-1] == 100
     for start, line in zip(starts, log):
@@ -1161,78 +1187,153 @@ def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
-def test_fill_and_python_interface(train, data, recipe):
-    train(recipe=recipe, steps=30, generator_width=16)
+def test_fill_and_python_interface(train, command, recipe):
+    train(**{**ELECTRA, "recipe": recipe}, steps=10)
     out = train.folder / "out"
-    printed = script("cram.py", "--out", out, "--fill", "a <mask> b <mask>.")
+    printed = command(cram, "--out", out, "--fill", "a <mask> b <mask>.")
     assert printed.count("<mask>:") == 2 and printed.count("%") == 10
     model, tokenizer = cram.load_checkpoint(out / "ckpt.pt", device="cpu")
     ids = torch.tensor([tokenizer.encode("some text").ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert model.encode(ids, mask).shape == (*ids.shape, 32) and not model.training
     if recipe == "electra":
-        printed = script("cram.py", "--out", out, "--fill", "Nothing masked")
+        printed = command(cram, "--out", out, "--fill", "Nothing masked")
         assert [line.split()[1] for line in printed.splitlines()] == ["Nothing", "masked"]
         assert model.replaced(ids, mask).shape == ids.shape
         with pytest.raises(cram.CramError, match="no logits"):
             model.logits(ids)
     else:
-        printed = script("cram.py", "--out", out, "--fill", "nothing", code=1)
-        assert "<mask>" in printed and "Traceback" not in printed
+        command(cram, "--out", out, "--fill", "nothing", refused="<mask>")
         assert model.logits(ids, mask).shape == (*ids.shape, tokenizer.get_vocab_size())
 
 
-def test_a_checkpoint_of_an_earlier_version_loads(train):
-    train(steps=2)
-    path = train.folder / "out/ckpt.pt"
-    content = torch.load(path, weights_only=True)
+def test_a_checkpoint_of_an_earlier_version_loads(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
     del content["settings"]["objective"]  # it had no such setting
-    torch.save(content, path)
-    assert cram.load_checkpoint(path)[0].seq_len == 32
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert cram.load_checkpoint(tmp_path / "ckpt.pt")[0].seq_len == 32
     content["settings"]["magic"] = 1
-    torch.save(content, path)
+    torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(cram.CramError, match="another version of cram.py, with magic"):
-        cram.load_checkpoint(path)
+        cram.load_checkpoint(tmp_path / "ckpt.pt")
 
 
-# ------------------------------------------------------------------------------ interrupted
+def damage(folder, what):
+    """A prepared folder with something wrong in it."""
+    if what == "cut":
+        os.truncate(folder / "train.bin", 64 * 10 + 7)
+    elif what in ("train", "val"):
+        rows = rows_of(folder, what)
+        rows[0, 5] = 60_000
+        rows.tofile(folder / f"{what}.bin")
+    elif what in ("meta.json", "tokenizer.json"):
+        (folder / what).write_text("{}")
+    elif what == "gone":
+        shutil.rmtree(folder)
 
 
-class StopAt:
-    """Stands in for cram.Stop: asks for a stop at the n-th step."""
+@pytest.mark.parametrize("what, args, words", [
+    ("gone", [], "no prepared data"),
+    ("cut", [], "train.bin has 647 bytes and should have"),
+    ("train", [], "token id 60000"),
+    ("val", [], "tokenizer ends at"),
+    ("meta.json", [], "meta.json is damaged"),
+    ("tokenizer.json", [], "not the one the tokens were made with"),
+    ("", ["--hours", "0"], "--hours must be a positive number"),
+    ("", ["--hours", "nan"], "--hours must be a positive number"),
+    ("", ["--hours", "soon"], "invalid float"),
+    ("", ["--hours", "1e-9"], "over before the first step"),
+    ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
+    ("", ["--minutes", "1", "--hours", "2"], "one of --hours, --minutes and --steps"),
+    ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
+    ("", ["--generator-width", "200"], "multiple of 64"),
+    ("", ["--generator-width", "15"], "even and below 64"),
+    ("", ["--device", "tpu"], "cannot be used"),
+    ("", ["--recipe", "magic"], "crammed or modern or electra"),
+    ("", ["--batch", "0"], "must be a positive number"),
+    ("", ["--resume"], "to resume"),
+    ("", ["--fill", "a <mask>"], "no checkpoint"),
+    ("", ["--no-such-flag"], "unrecognized"),
+])
+def test_cram_says_what_is_wrong(data, tmp_path, command, what, args, words):
+    folder = shutil.copytree(data, tmp_path / "d")
+    damage(folder, what)
+    budget = [] if "--hours" in args else ["--steps", 2]
+    command(cram, "--data", folder, "--out", tmp_path / "o", *budget, *flags_of(TINY), *args,
+            refused=words)
+    assert not list(tmp_path.glob("o/*.pt*"))
 
-    def __init__(self, n):
-        self.left = n
 
-    def __call__(self):
-        return self
+class Mischief:
+    def __reduce__(self):
+        return os.system, ("touch mischief-was-done",)
 
-    @property
-    def asked(self):
-        self.left -= 1
-        return self.left < 0
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"model": 1}), "code"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(
+        tmp_path, monkeypatch, command, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    if content == "code":
+        torch.save({"model": Mischief(), "settings": {}}, path)
+    else:
+        path.write_bytes(content)
+    command(cram, "--out", tmp_path, "--fill", "a <mask>", refused="not a checkpoint")
+    command(finetune_glue, "--task", "cola", "--ckpt", path, refused="not a checkpoint")
+    assert not (tmp_path / "mischief-was-done").exists()
+
+
+# ---------------------------------------------------------------------------- interrupted, resumed
 
 
 @pytest.mark.parametrize("flags, passes", [
-    ({"steps": 300, "batch": 32}, 4.4), ({"steps": 40, "batch": 8}, 0.14),
+    pytest.param({"steps": 300}, 4.4, marks=slow), ({"steps": 40, "batch": 8}, 0.14),
     ({"steps": 40, "recipe": "modern"}, 0.9),
-    ({"steps": 40, "recipe": "electra", "generator_width": 16}, 0.9)])
-def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
-        train, monkeypatch, data, flags, passes):
+    pytest.param({"steps": 40, **ELECTRA}, 0.9, marks=slow)])
+def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(train, data, flags, passes):
     """Across passes over the data, and within one of which the budget takes only some rows."""
     whole = train("whole", **flags)
-    rows = json.loads((data / "meta.json").read_text())["train_rows"]
-    assert whole[0]["state"]["rows"] / rows == pytest.approx(passes, rel=0.1)
-    rng = random.Random(0)
-    for resume in (False, True):
-        monkeypatch.setattr(cram, "Stop", StopAt(rng.randint(1, flags["steps"] // 2 - 1)))
-        train("parts", resume, **({} if resume else flags))
-        assert not (train.folder / "parts/ckpt.pt").exists()
-    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+    assert whole[0]["state"]["rows"] / len(rows_of(data)) == pytest.approx(passes, rel=0.1)
+    rng, n = random.Random(0), flags["steps"] // 2 - 1
+    train("parts", stop_after=rng.randint(1, n), **flags)
+    train("parts", resume=True, stop_after=rng.randint(1, n))
+    assert not (train.folder / "parts/ckpt.pt").exists()
     assert_same_run(train("parts", resume=True), whole)
 
 
-@pytest.mark.slow
+def test_a_finished_run_resumed(train):
+    """It writes the same model again; with another budget it goes on."""
+    saved, log = train(steps=20)
+    (train.folder / "out/ckpt.pt").unlink()
+    assert_same_run(train(resume=True), (saved, log))
+    result = torch.load(train.folder / "out/ckpt.pt", weights_only=True)["result"]
+    assert untimed(result) == untimed(log[-1])
+    assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
+
+    saved, log = train(resume=True, steps=40)
+    assert saved["state"]["step"] == 40 and "another budget" in train.printed
+    steps = [line["step"] for line in log]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, data):
+    train(steps=20, stop_after=5)
+    train(steps=2, refused="continue it with --resume")
+    for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
+                         ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps"),
+                         ({"minutes": 1.0}, "--steps"), ({"steps": 0}, "begun with --steps"),
+                         ({"data": train.folder / "moved"}, "name its folder with --data")):
+        train(resume=True, refused=words, **flags)
+    other = shutil.copytree(data, train.folder / "other")
+    (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
+    train(resume=True, data=other, refused="other train_sha256")
+    train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
+    train(resume=True)
+    (train.folder / "out/ckpt.pt").rename(train.folder / "out/last.pt")
+    train(resume=True, refused="finished model")
+
+
+@slow
 def test_killed_at_any_moment_it_goes_on(data, tmp_path):
     """kill -9, with last.pt written all the time. CRAM_KILLS sets how often (50 for the record)."""
     wanted = int(os.environ.get("CRAM_KILLS", 3))
@@ -1240,32 +1341,21 @@ def test_killed_at_any_moment_it_goes_on(data, tmp_path):
              "--save-minutes", 1e-6]
     before = "real = it.torch.save; it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))"
     script("cram.py", *flags, "--out", tmp_path / "whole")
-    rng, kills, inside = random.Random(2), 0, 0
-    main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import cram as it; {before}; it.main()"
-    out = tmp_path / "killed"
-    while True:
+    rng, kills, inside, out = random.Random(2), 0, 0, tmp_path / "killed"
+    while not (out / "ckpt.pt").exists():
         args = ["--resume"] if (out / "last.pt").exists() else flags
-        process = subprocess.Popen(
-            [sys.executable, "-c", main, *map(str, args), "--out", str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = launch("cram.py", *args, "--out", out, before=before)
         try:
             printed, _ = process.communicate(timeout=rng.uniform(2, 5) if kills < wanted else 200)
+            assert process.returncode == 0, printed
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
             inside += (out / "last.pt.part").exists()
-            continue
-        assert process.returncode == 0, printed
-        if kills >= wanted or (out / "ckpt.pt").exists():
-            break
     print(f"{kills} kills, {inside} of them while last.pt was being written")
     assert kills >= min(wanted, 3)
     assert_same_run(read_run(out), read_run(tmp_path / "whole"))
-
-
-def flags_of(settings):
-    return [x for key, value in settings.items() for x in (f"--{key}", str(value))]
 
 
 @pytest.fixture
@@ -1273,11 +1363,9 @@ def start(data, tmp_path):
     """Start cram.py on tmp_path/"o" in the background, and wait for the first line of its log."""
     started = []
 
-    def run(*args, env=None):
+    def run(*args):
         args = args or ["--data", data, *flags_of(TINY), "--minutes", 3]
-        process = subprocess.Popen(
-            [sys.executable, HERE / "cram.py", "--out", tmp_path / "o", *map(str, args)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = launch("cram.py", "--out", tmp_path / "o", *args)
         started.append(process)
         for line in process.stdout:
             if re.match(r" *\d+:\d\d:\d\d ", line):
@@ -1290,9 +1378,15 @@ def start(data, tmp_path):
         process.communicate()
 
 
-def test_signals_save_and_leave(start, tmp_path):
-    for number, args in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
+@slow
+def test_signals_save_and_leave_and_two_runs_never_share_a_folder(start, data, tmp_path):
+    """The lock ends with its process, however that ends: here, and in test_killed_at_any_moment."""
+    flags = ["--data", data, "--out", tmp_path / "o", *flags_of(TINY), "--steps", 3]
+    resume = ["--out", tmp_path / "o", "--resume"]
+    for number, args, other in ((signal.SIGTERM, [], flags), (signal.SIGINT, resume, resume)):
         process = start(*args)
+        assert "another run is writing to" in script("cram.py", *other, code=1)
+        assert process.poll() is None
         sent = time.monotonic()
         process.send_signal(number)
         printed, _ = process.communicate(timeout=20)
@@ -1301,32 +1395,18 @@ def test_signals_save_and_leave(start, tmp_path):
     assert read_run(tmp_path / "o")[0]["state"]["step"] > 1
 
 
-def test_one_run_at_a_time_in_a_folder(start, data, tmp_path):
-    first = start()
-    flags = ["--data", data, "--out", tmp_path / "o", *flags_of(TINY), "--steps", 3]
-    assert "another run is writing to" in script("cram.py", *flags, code=1)
-    assert first.poll() is None
-    first.kill()  # -9: the lock ends with its process
-    first.communicate()
-    script("cram.py", *flags)
-    (tmp_path / "o/ckpt.pt").unlink()
-    second = start("--resume", "--steps", 3000)
-    assert "another run is writing to" in script("cram.py", "--out", tmp_path / "o", "--resume",
-                                                 code=1)
-    assert second.poll() is None
-
-
+@slow
 def test_a_run_outlives_its_screen(data, tmp_path):
     """As behind `| head -n 1`, or in a terminal that is closed."""
-    command = [sys.executable, HERE / "cram.py", "--data", data, "--out", tmp_path / "o",
-               "--steps", 40, *flags_of(TINY)]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = launch("cram.py", "--data", data, "--out", tmp_path / "o", "--steps", 40,
+                     *flags_of(TINY), stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
+    assert process.stderr.read() == "" and process.wait() == 0
     assert (tmp_path / "o/ckpt.pt").exists() and read_run(tmp_path / "o")[1][-1]["step"] == 40
 
 
+@slow
 def test_names_that_the_terminal_cannot_show(data, tmp_path):
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     out, flags = tmp_path / "é漢", ["--data", data, *flags_of(TINY), "--recipe", "modern"]
@@ -1335,54 +1415,7 @@ def test_names_that_the_terminal_cannot_show(data, tmp_path):
     assert r"\xe9" in script("cram.py", *flags, "--out", out, code=1, env=env)
 
 
-def test_resume_is_refused_when_something_differs(train, data, monkeypatch):
-    monkeypatch.setattr(cram, "Stop", StopAt(5))
-    train(steps=50)
-    for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
-                         ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps"),
-                         ({"minutes": 1.0}, "--steps"), ({"steps": 0}, "begun with --steps")):
-        with pytest.raises(cram.CramError, match=re.escape(words)):
-            train(resume=True, **flags)
-    other = train.folder / "other"
-    shutil.copytree(data, other)
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps({**meta, "train_sha256": "0" * 64}))
-    with pytest.raises(cram.CramError, match="other train_sha256"):
-        train(resume=True, data=str(other))
-    for broken in ("{}", "[1]", '{"seq_'):
-        (other / "meta.json").write_text(broken)
-        with pytest.raises(cram.CramError, match="meta.json is damaged"):
-            train(resume=True, data=str(other))
-    with pytest.raises(cram.CramError, match="name its folder with --data"):
-        train(resume=True, data=str(train.folder / "moved"))
-
-
-def test_a_run_is_not_overwritten(train, monkeypatch, complaint, data):
-    train(steps=2)
-    out = ["--data", data, "--out", train.folder / "out"]
-    assert "continue it with --resume" in complaint(cram, *out, "--steps", 2)
-    assert "no " + str(train.folder / "x/last.pt") in complaint(
-        cram, "--out", train.folder / "x", "--resume")
-    (train.folder / "out/last.pt").write_bytes((train.folder / "out/ckpt.pt").read_bytes())
-    assert "finished model" in complaint(cram, *out, "--resume")
-
-
-def test_another_budget_on_resume(train, capsys):
-    train(steps=20)
-    saved, log = train(resume=True, steps=40)
-    assert saved["state"]["step"] == 40
-    steps = [line["step"] for line in log]
-    assert steps == sorted(set(steps)) and steps[-1] == 40
-    assert "another budget" in capsys.readouterr().out
-
-
-def test_a_finished_run_resumed_writes_the_same_model_again(train):
-    saved, log = train(steps=20)
-    (train.folder / "out/ckpt.pt").unlink()
-    assert_same_run(train(resume=True), (saved, log))
-    result = torch.load(train.folder / "out/ckpt.pt", weights_only=True)["result"]
-    assert untimed(result) == untimed(log[-1])
-    assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
+# ---------------------------------------------------------------------------- when things go wrong
 
 
 def nan_in_steps(monkeypatch, *steps):
@@ -1403,11 +1436,9 @@ def nan_in_steps(monkeypatch, *steps):
 def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch, step):
     """In the middle and at the end: weights and moments are those of the steps before it, and the
     run ends with its model."""
-    monkeypatch.setattr(cram, "Stop", StopAt(step - 1))
-    before, _ = train("before", steps=8)
+    before, _ = train("before", steps=8, stop_after=step - 1)
     nan_in_steps(monkeypatch, step)
-    monkeypatch.setattr(cram, "Stop", StopAt(step if step < 8 else 10**9))
-    saved, log = train(steps=8)
+    saved, log = train(steps=8, stop_after=None if step == 8 else step)
     assert same(saved["model"], before["model"])
     for ours, theirs in zip(saved["optimizers"], before["optimizers"]):
         assert same(ours["state"], theirs["state"])
@@ -1417,40 +1448,28 @@ def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch, step):
 
 
 def test_a_run_that_diverged_stops_and_keeps_its_last_checkpoint(train, monkeypatch):
-    monkeypatch.setattr(cram, "Stop", StopAt(3))
-    before, _ = train(steps=100)
-    monkeypatch.setattr(cram, "Stop", StopAt(10**9))
+    before, _ = train(steps=100, stop_after=3)
     nan_in_steps(monkeypatch, *range(100))
-    with pytest.raises(cram.CramError, match="30 steps in a row"):
-        train(resume=True)
+    train(resume=True, refused="30 steps in a row")
     assert same(read_run(train.folder / "out")[0], before)
 
 
-def test_weights_that_are_not_finite_are_not_saved(train, monkeypatch):
-    usual = cram.lr_at
-    monkeypatch.setattr(
-        cram, "lr_at", lambda f, s: math.inf if round(10 * f) == 7 else usual(f, s))
-    with pytest.raises(cram.CramError, match="not finite: the run has diverged"):
-        train(steps=10, save_minutes=1e-9)
+@pytest.mark.parametrize("steps, lr, words", [
+    (10, 1e39, "not finite: the run has diverged"), (2, 1e37, "validation loss is nan")])
+def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
+    """The first step has learning rate 0; the second makes the weights infinite, or so large that
+    they give no loss."""
+    train(steps=steps, lr=lr, lr_start=0, save_minutes=1e-9, refused=words)
     saved, _ = read_run(train.folder / "out")
-    assert saved["state"]["step"] == 7
     assert all(p.isfinite().all() for p in saved["model"].values())
-
-
-def test_a_model_without_a_finite_validation_loss_is_no_model(train, monkeypatch):
-    monkeypatch.setattr(cram, "validate", lambda *a: {"val_loss": math.nan})
-    with pytest.raises(cram.CramError, match="validation loss is nan"):
-        train(steps=5)
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
 def test_the_microbatch_is_halved_until_a_step_fits(capsys):
     """On a card; here without one. The search moves no weight and leaves no momentum."""
-    s = cram.Settings(**{**cram.RECIPES["modern"], "layers": 1, "width": 32, "heads": 2,
-                         "batch": 64})
-    model = cram.build_model(s, 50, 16)
-    before = copy.deepcopy(model.state_dict())
-    optimizers, tried = cram.build_optimizers(model, s), []
+    s = cram.Settings(**cram.RECIPES["modern"], layers=1, width=32, heads=2)
+    model, tried = cram.build_model(s, 50, 16), []
+    before, optimizers = copy.deepcopy(model.state_dict()), cram.build_optimizers(model, s)
 
     def small_card(rows, microbatch):
         tried.append(microbatch)
@@ -1467,10 +1486,10 @@ def test_the_microbatch_is_halved_until_a_step_fits(capsys):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_full_disk(train, monkeypatch, capsys):
+def test_a_full_disk(train, monkeypatch):
     """Too little room is said at the start; in mid-run training continues; at the end the model is
     written before last.pt; a file is whole or not there."""
-    real, saves = torch.save, []
+    real, saves, out = torch.save, [], train.folder / "out"
 
     def disk(content, f):
         saves.append(content)
@@ -1478,21 +1497,18 @@ def test_a_full_disk(train, monkeypatch, capsys):
         if 3 <= len(saves) < 6 or "optimizers" in content and "ckpt.pt" in os.listdir(out):
             raise OSError(28, "No space left on device")
 
-    out = train.folder / "out"
     monkeypatch.setattr(torch, "save", disk)
     train(steps=12, save_minutes=1e-9)
-    printed = capsys.readouterr().out
-    assert printed.count("No space left on device; training continues") == 3
-    assert "cannot be continued later" in printed and "tokenizer" in saves[-2]
+    assert train.printed.count("No space left on device; training continues") == 3
+    assert "cannot be continued later" in train.printed and "tokenizer" in saves[-2]
     assert cram.load_checkpoint(out / "ckpt.pt") and not list(out.glob("*.part"))
     assert read_run(out)[0]["state"]["step"] == 12
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
-    with pytest.raises(cram.CramError, match="has 0.0 GB free"):
-        train("other", steps=2)
+    train("other", steps=2, refused="has 0.0 GB free")
 
 
-# ------------------------------------------------------------------------------ several processes
+# ------------------------------------------------------------------------------- several processes
 
 
 @pytest.fixture
@@ -1509,7 +1525,7 @@ runpy.run_path({str(HERE / "cram.py")!r}, run_name="__main__")
         flags = {"data": data, **TINY, "batch": 37, "microbatch": 4, **flags, "out": tmp_path / out}
         started.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             cram_py, *flags_of(flags), *map(str, args)],
+             cram_py, *map(str, [*flags_of(flags), *args])],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}))
         return started[-1]
@@ -1520,273 +1536,154 @@ runpy.run_path({str(HERE / "cram.py")!r}, run_name="__main__")
         process.kill()
 
 
-def process_of_rank_1(torchrun, folder):
-    """Its number, once the run has written lines of its log."""
+def wait_for_rank_1(torchrun, folder):
+    """Its process number, once the run has written lines of its log and last.pt."""
     log = folder / "two/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 1):
+    while not (log.exists() and log.read_text().count("\n") > 1 and (
+            folder / "two/last.pt").exists()):
         assert torchrun.poll() is None
         time.sleep(0.02)
     return int((folder / "pid1").read_text())
 
 
-def assert_close_runs(one, other, tolerance):
-    (a, a_log), (b, b_log) = one, other
-    for name, p in a["model"].items():
-        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=tolerance)
-    assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
-    for line, other_line in zip(a_log, b_log):
-        for key in ("loss", "val_loss"):
-            if key in line:
-                assert line[key] == pytest.approx(other_line[key], abs=100 * tolerance)
-
-
+@slow
 @pytest.mark.parametrize("recipe, tolerance", [
     ("crammed", 2e-5), ("modern", 2e-4), ("electra", 5e-4)])  # Muon makes much of little
 def test_two_processes_end_where_one_ends(team, train, recipe, tolerance):
-    flags = {"recipe": recipe, "steps": 12}
+    flags = {**ELECTRA, "recipe": recipe, "steps": 12}
     two = team("two", **flags)
-    one = train("one", **flags, batch=37)
+    (a, a_log) = train("one", **flags, batch=37)
     printed, _ = two.communicate(timeout=120)
     assert two.returncode == 0 and printed.count("validation loss") == 1, printed
-    assert_close_runs(one, read_run(team.folder / "two"), tolerance)
+    b, b_log = read_run(team.folder / "two")
+    for name, p in a["model"].items():
+        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=tolerance)
+    assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
+    for line, other in zip(a_log, b_log):
+        for key in ("loss", "val_loss"):
+            assert line.get(key) == pytest.approx(other.get(key), abs=100 * tolerance)
     if recipe == "modern":
         two = team("two", "--export", team.folder / "exported")
         printed, _ = two.communicate(timeout=120)
         assert two.returncode == 0 and printed.count("wrote") == 1, printed
 
 
-def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(team, train):
-    two = team("two", steps=2000, microbatch=1)  # the signal comes within a step, likely
-    os.kill(process_of_rank_1(two, team.folder), signal.SIGTERM)
+@slow
+@pytest.mark.parametrize("number, words", [
+    (signal.SIGTERM, "and saved; continue with --resume"),
+    (signal.SIGKILL, "has lost another process of the run")])
+def test_a_signal_to_one_process_ends_both_and_one_process_goes_on(team, train, number, words):
+    """Asked to stop, within a step, both save; killed, it takes the other with it."""
+    two = team("two", steps=2000, microbatch=1, save_minutes=0.002)
+    os.kill(wait_for_rank_1(two, team.folder), number)
     printed, _ = two.communicate(timeout=60)
-    assert two.returncode == 0 and "and saved; continue with --resume" in printed
-    stopped = torch.load(team.folder / "two/last.pt", weights_only=True)["state"]["step"]
+    assert (two.returncode == 0) == (number == signal.SIGTERM) and words in printed
+    stopped = read_run(team.folder / "two")[0]["state"]["step"]
     assert 0 < stopped < 2000 and not (team.folder / "two/ckpt.pt").exists()
     train("two", resume=True, steps=stopped + 3)
     assert (team.folder / "two/ckpt.pt").exists()
 
 
-def test_a_process_that_dies_takes_the_other_with_it(team, train):
-    two = team("two", steps=2000, **{"save-minutes": 0.002})
-    out = team.folder / "two"
-    pid = process_of_rank_1(two, team.folder)
-    while not (out / "last.pt").exists():
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    began = time.monotonic()
-    printed, _ = two.communicate(timeout=60)
-    assert two.returncode != 0 and "has lost another process of the run" in printed
-    assert time.monotonic() - began < 60
-    saved = torch.load(out / "last.pt", weights_only=True)["state"]["step"]
-    train("two", resume=True, steps=saved + 3)
-    assert (out / "ckpt.pt").exists()
+# ------------------------------------------------------------------------------------------ export
 
 
-# ------------------------------------------------------------------------------ export
-
-
+@slow
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
-def test_an_exported_model_is_the_same_in_transformers(train, recipe):
+def test_an_exported_model_is_the_same_in_transformers(train, command, recipe):
     transformers = pytest.importorskip("transformers")
-    train(recipe=recipe, steps=80, generator_width=16)
-    ckpt, folder = train.folder / "out/ckpt.pt", train.folder / "exported"
-    printed = script("cram.py", "--out", train.folder / "out", "--export", folder)
-    assert str(folder) in printed
+    train(**{**ELECTRA, "recipe": recipe}, steps=80)
+    out, folder = train.folder / "out", train.folder / "exported"
+    assert str(folder) in command(cram, "--out", out, "--export", folder)
 
-    model, tokenizer = cram.load_checkpoint(ckpt)
+    model, tokenizer = cram.load_checkpoint(out / "ckpt.pt")
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [f"{WORDS[3]} <mask> {WORDS[5]}.", f"{' '.join(WORDS[80:92])} <mask>"]
     batch = tokens(texts, padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    assert ids[0, 0] == cram.CLS and mask.min() == 0
+    assert mask.min() == 0
     for text, row, m in zip(texts, ids, mask):
         ours = tokenizer.encode(text, add_special_tokens=False).ids
         assert row[m].tolist() == [cram.CLS, *ours, cram.SEP]
     assert tokens.decode(ids[1], skip_special_tokens=True) == " ".join(WORDS[80:92])
 
-    head, classifier = {"head.dense.weight", "head.norm.weight"}, {
+    head, scores = {"head.dense.weight", "head.norm.weight"}, {
         "classifier.weight", "classifier.bias"}
-    replaced = classifier if recipe == "electra" else set()
-    for kind, missing, unexpected in [
-            ("AutoModelForMaskedLM", set(), replaced), ("AutoModel", set(), head | replaced),
-            ("AutoModelForSequenceClassification", classifier - replaced, set()),
-            ("AutoModelForTokenClassification", classifier - replaced, set())]:
+    ours = scores if recipe == "electra" else set()
+    for kind, missing, unused in [
+            ("MaskedLM", set(), ours), ("", set(), head | ours),
+            ("SequenceClassification", scores - ours, set()),
+            ("TokenClassification", scores - ours, set())]:
+        kind = "AutoModel" + f"For{kind}" * bool(kind)
         theirs, report = getattr(transformers, kind).from_pretrained(
             folder, output_loading_info=True)
         assert type(theirs).__name__.startswith("ModernBert")
-        missing_now = set(report["missing_keys"]) - {"decoder.bias"}
-        assert (missing_now, set(report["unexpected_keys"])) == (missing, unexpected), kind
+        assert set(report["missing_keys"]) - {"decoder.bias"} == missing, kind
+        assert set(report["unexpected_keys"]) == unused, kind
 
-    with torch.no_grad():
-        for attention in ("eager", "sdpa"):
-            theirs = transformers.AutoModel.from_pretrained(
-                folder, attn_implementation=attention, dtype=torch.float32).eval()
-            torch.testing.assert_close(theirs(**batch).last_hidden_state[mask],
-                                       model.encode(ids, mask)[mask], rtol=0, atol=2e-5)
-        half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        torch.testing.assert_close(half(**batch).last_hidden_state[mask].float(),
-                                   model.encode(ids, mask)[mask], rtol=0.1, atol=0.1)
+    hidden = model.encode(ids, mask)[mask].detach()
+    for attention, dtype, tolerance in (("eager", "float32", 2e-5), ("sdpa", "float32", 2e-5),
+                                        ("sdpa", "bfloat16", 0.1)):
+        theirs = transformers.AutoModel.from_pretrained(
+            folder, attn_implementation=attention, dtype=getattr(torch, dtype)).eval()
+        torch.testing.assert_close(theirs(**batch).last_hidden_state[mask].detach().float(), hidden,
+                                   rtol=0, atol=tolerance)
     assert set(theirs.config.layer_types) == {"full_attention"}  # these rows are in any window
 
     if recipe == "electra":
         found = transformers.pipeline("token-classification", model=str(folder),
                                       ignore_labels=[])(texts[1])
-        p = model.replaced(ids[1:])[0, 1:-1]
         assert [entry["score"] if entry["entity"] == "replaced" else 1 - entry["score"]
-                for entry in found] == pytest.approx(p.tolist(), abs=1e-5)
-    else:
-        theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
-        theirs.save_pretrained(train.folder / "again")
-        theirs = transformers.AutoModelForMaskedLM.from_pretrained(train.folder / "again")
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(**batch).logits[mask], model.logits(ids, mask)[mask],
-                                       rtol=0, atol=2e-5)
-        printed = script("cram.py", "--out", train.folder / "out", "--fill", texts[0])
-        for guess in transformers.pipeline("fill-mask", model=str(folder))(texts[0]):
-            assert f" {guess['score']:.1%}" in printed
+                for entry in found] == pytest.approx(
+                    model.replaced(ids[1:])[0, 1:-1].tolist(), abs=1e-5)
+        return
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    theirs.save_pretrained(train.folder / "again")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(train.folder / "again")
+    torch.testing.assert_close(theirs(**batch).logits[mask], model.logits(ids, mask)[mask],
+                               rtol=0, atol=2e-5)
+    printed = command(cram, "--out", out, "--fill", texts[0])
+    for guess in transformers.pipeline("fill-mask", model=str(folder))(texts[0]):
+        assert f" {guess['score']:.1%}" in printed
 
 
-def test_what_cannot_be_exported_is_said(train):
-    train(steps=2)
-    printed = script("cram.py", "--out", train.folder / "out", "--export", train.folder / "x",
-                     code=1)
-    assert "only --model modernbert" in printed and not (train.folder / "x").exists()
-    (train.folder / "full").mkdir()
-    (train.folder / "full/file").touch()
+def test_what_cannot_be_exported_is_said(checkpoint, train, command):
+    command(cram, "--out", checkpoint.parent, "--export", train.folder / "x",
+            refused="only --model modernbert")
+    assert not (train.folder / "x").exists()
     train("modern", steps=2, model="modernbert")
-    printed = script("cram.py", "--out", train.folder / "modern", "--export", train.folder / "full",
-                     code=1)
-    assert "not empty" in printed
+    command(cram, "--out", train.folder / "modern", "--export", train.folder / "modern",
+            refused="not empty")
 
 
-# ------------------------------------------------------------------------------ bad input
+# --------------------------------------------------------------------------------------- on a card
 
 
-@pytest.mark.parametrize("content, args, words", [
-    (None, [], "nothing to read there"),
-    (b"", [], "too little text: 0 tokens of 0 documents"),
-    (b'{"body": "x"}\n', [], "no column .text., but ..body"),
-    (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
-    (b'{"text": "too short"}\n', [], "too little text"),
-    (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
-    (b'{"text": "x"}\n', ["--tokens", 0], "at least one row"),
-    (b'{"text": "x"}\n', ["--tokens", "inf"], "at least one row, and finite"),
-    (b'{"text": "x"}\n', ["--source", ""], "--source is empty"),
-])
-def test_prepare_says_what_is_wrong(tmp_path, content, args, words):
-    if content is not None:
-        (tmp_path / "t.jsonl").write_bytes(content)
-    printed = script("prepare.py", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "d", *args,
-                     code=2 if args else 1)
-    assert re.search(words, printed), printed
-    assert "Traceback" not in printed and not (tmp_path / "d").exists()
+@pytest.mark.cuda
+def test_a_compiled_run_on_a_card_is_the_run_without_and_resumes(train):
+    flags = {"recipe": "modern", "device": "cuda", "width": 64, "steps": 20}
+    plain, log = train("plain", "--no-compile", **flags)
+    train("compiled", **flags, stop_after=8)
+    assert "compiled" in train.printed
+    compiled, compiled_log = train("compiled", resume=True)
+    assert len(log) == len(compiled_log)
+    for a, b in zip(log, compiled_log):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
 
 
-def test_a_folder_of_the_users_is_not_deleted(tmp_path, complaint):
-    source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(3)])
-    (tmp_path / "d/work").mkdir(parents=True)
-    (tmp_path / "d/work/thesis.tex").write_text("years of it")
-    assert "give another --out" in complaint(prepare, "--source", source, "--out", tmp_path / "d",
-                                             "--vocab-size", 700, "--seq-len", 32)
-    assert (tmp_path / "d/work/thesis.tex").read_text() == "years of it"
-
-
-def test_a_work_file_that_lost_its_end_is_not_filled_up(tmp_path):
-    (tmp_path / "train.tokens").write_bytes(b"12345")
-    with pytest.raises(SystemExit, match="is damaged"):
-        prepare.open_at(tmp_path / "train.tokens", 10)
-
-
-def test_damaged_files_lose_only_what_is_damaged(tmp_path):
-    text = "".join(json.dumps({"text": sentences(i, 20)}) + "\n" for i in range(400)).encode()
-    packed = lzma.compress(text)
-    (tmp_path / "cut.jsonl.xz").write_bytes(packed[: len(packed) // 2])
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 5000}) + "\n"
-                                         + json.dumps({"text": "short"}) + "\n")
-    documents = [*prepare.read_file(str(tmp_path / "cut.jsonl.xz"))]
-    assert len(documents) > 50 and "cut off" in documents[-1][1]
-    assert all(text for text, _ in documents[:-1])
-    limit, prepare.MAX_DOCUMENT = prepare.MAX_DOCUMENT, 1000
+@pytest.mark.cuda
+def test_the_microbatch_is_fitted_to_the_card(train):
+    """With one GiB allowed, of which 512 rows would need several."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**30 / total)
     try:
-        (long, reason), short = prepare.read_file(str(tmp_path / "long.jsonl"))
+        train(device="cuda", width=512, layers=12, batch=4096, steps=2)
     finally:
-        prepare.MAX_DOCUMENT = limit
-    assert long is None and "over 1,000 bytes" in reason and short == ("short", None)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "trying half" in train.printed
+    assert 1 <= int(re.search(r"(\d+) rows per forward pass\n", train.printed)[1]) < 512
 
 
-def damage(folder, what):
-    """A prepared folder with something wrong in it."""
-    meta = json.loads((folder / "meta.json").read_text())
-    if what == "cut":
-        os.truncate(folder / "train.bin", 64 * 10 + 7)
-    elif what == "ids":
-        rows = np.fromfile(folder / "train.bin", "<u2")
-        rows[:] = 60_000
-        rows.tofile(folder / "train.bin")
-    elif what == "val ids":
-        rows = np.fromfile(folder / "val.bin", "<u2")
-        rows[5] = meta["vocab_size"]
-        rows.tofile(folder / "val.bin")
-    elif what == "tokenizer":
-        (folder / "tokenizer.json").write_text("{}")
-    elif what == "gone":
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("what, args, words", [
-    ("gone", [], "no prepared data"),
-    ("cut", [], "train.bin has 647 bytes and should have"),
-    ("ids", [], "token id 60000"),
-    ("val ids", [], "tokenizer ends at"),
-    ("tokenizer", [], "not the one the tokens were made with"),
-    ("", ["--hours", "0"], "--hours must be a positive number"),
-    ("", ["--hours", "-1"], "--hours must be a positive number"),
-    ("", ["--hours", "nan"], "--hours must be a positive number"),
-    ("", ["--hours", "soon"], "invalid float"),
-    ("", ["--hours", "1e-9"], "over before the first step"),
-    ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
-    ("", ["--minutes", "1", "--hours", "2"], "one of --hours, --minutes and --steps"),
-    ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
-    ("", ["--generator-width", "200"], "multiple of 64"),
-    ("", ["--generator-width", "15"], "even and below 64"),
-    ("", ["--device", "tpu"], "cannot be used"),
-    ("", ["--recipe", "magic"], "crammed or modern or electra"),
-    ("", ["--batch", "0"], "must be a positive number"),
-    ("", ["--resume"], "to resume"),
-    ("", ["--fill", "a <mask>"], "no checkpoint"),
-    ("", ["--no-such-flag"], "unrecognized"),
-])
-def test_cram_says_what_is_wrong(data, tmp_path, complaint, what, args, words):
-    folder = tmp_path / "d"
-    shutil.copytree(data, folder)
-    damage(folder, what)
-    budget = [] if "--hours" in args else ["--steps", 2]
-    assert words in complaint(
-        cram, "--data", folder, "--out", tmp_path / "o", *budget, *flags_of(TINY), *args)
-    assert not list((tmp_path / "o").glob("*.pt*")) if (tmp_path / "o").exists() else True
-
-
-class Mischief:
-    def __reduce__(self):
-        return os.system, ("touch mischief-was-done",)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"model": 1}), "code"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "ckpt.pt"
-    if content == "code":
-        torch.save({"model": Mischief(), "settings": {}}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(cram.CramError, match="not a checkpoint"):
-        cram.load_checkpoint(path)
-    printed = script("finetune_glue.py", "--task", "cola", "--ckpt", path, code=1)
-    assert "not a checkpoint" in printed and "Traceback" not in printed
-    assert not (tmp_path / "mischief-was-done").exists()
-
-
-# ------------------------------------------------------------------------------ GLUE
+# --------------------------------------------------------------------------------- GLUE: the parts
 
 
 def test_metrics_by_hand():
@@ -1820,229 +1717,6 @@ def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
         assert np.argmax(lr) in (steps // 10 - 1, steps // 10) and max(lr) == 1
         assert lr[0] == pytest.approx(10 / steps) and lr[-1] < 0.01
         assert lr[steps // 10 + (steps - steps // 10) // 2] == pytest.approx(0.5, abs=0.02)
-
-
-def write_glue(folder, name, train=64, validation=16, **columns):
-    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
-    task, rng = finetune_glue.TASKS[name], random.Random(0)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split in ("train", *task.validation, *task.test):
-        rows = []
-        for i in range(train if split == "train" else validation):
-            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
-            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
-            rows.append({**row, "label": label, "idx": i, **columns})
-            if split in task.test:
-                rows[i]["label"] = -1
-        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-@pytest.fixture
-def glue(train, tmp_path, monkeypatch, capsys):
-    """Run finetune_glue.py in this process on what write_glue wrote: glue(flags) -> its output."""
-    train(steps=20)
-
-    def run(*flags):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [
-            "finetune_glue.py", "--ckpt", str(tmp_path / "out/ckpt.pt"), "--device", "cpu",
-            "--data", str(tmp_path / "glue"), *map(str, flags)])
-        finetune_glue.main()
-        return capsys.readouterr().out
-
-    run.folder = tmp_path / "out"
-    return run
-
-
-def results_in(folder):
-    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
-    results = json.loads((folder / "glue.json").read_text())
-    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
-    assert len(scores) == len(results)
-    return scores
-
-
-ONE = ("--trials", 1, "--epochs", 1)
-
-
-def test_all_of_glue_end_to_end(train, tmp_path):
-    train(steps=20)
-    for name in finetune_glue.TASKS:
-        write_glue(tmp_path / "glue", name)
-    ckpt = tmp_path / "out/ckpt.pt"
-    common = ["--ckpt", ckpt, "--data", tmp_path / "glue", "--out", tmp_path / "new/results",
-              "--epochs", 2, "--device", "cpu"]
-    script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
-    printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
-    assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
-    assert " 100%" in printed and not (tmp_path / "out/glue.json").exists()
-    scores = results_in(tmp_path / "new/results")
-    assert set(scores) == {(name, seed) for name in finetune_glue.TASKS for seed in (0, 1)}
-    nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
-            for name, task in finetune_glue.TASKS.items() for split in task.validation]
-
-    table = printed[printed.index("published: arXiv 2212.14034"):].splitlines()
-    assert max(map(len, table)) <= 100
-    assert f"cola             matthews {nine[-1]:6.1f}" in "\n".join(table)
-    [average] = [line.split() for line in table if "average of nine" in line]
-    assert average[3:] == [f"{sum(nine) / 9:.1f}", "45.5", "80.7", "80.9", "subset"]  # the paper's
-    said = printed.index("mnli: a subset, 64 training rows, not the official 392,702")
-    assert said < printed.index("mnli seed 0") and len(nine) == 9
-
-    printed = script("finetune_glue.py", "--task", "rte", "--trials", 1, "--scratch", *common)
-    assert "average" not in printed and "cola" not in printed  # other settings: a table of its own
-
-
-def test_fine_tuning_learns(glue, tmp_path):
-    write_glue(tmp_path / "glue", "sst2", train=512, validation=64)
-    printed = glue("--task", "sst2", "--trials", 1, "--lr", 3e-3, "--epochs", 10)
-    assert results_in(glue.folder)["sst2", 0]["validation"] > 90, printed
-
-
-def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_path):
-    write_glue(tmp_path / "glue", "cola", train=32)
-    flags, results = ["--task", "cola", *ONE], glue.folder / "glue.json"
-    glue(*flags)
-    data = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
-    flags += ["--data", data]
-    [result] = json.loads(results.read_text())
-    assert result["torch"] == torch.__version__ and result["rows"] == 32
-    results.write_text(json.dumps([{**result, "torch": "2.0", "card": "another"}]))
-    assert "cola: glue.json has all these trials, none is run" in glue(*flags)
-
-    for split in ("train", "validation"):
-        path = data / f"cola/{split}.jsonl"
-        path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
-        assert "cola seed 0" in glue(*flags)
-    assert "cola seed 0" in glue(*flags, "--lr", 1e-3)
-    ckpt = glue.folder / "ckpt.pt"
-    content = torch.load(ckpt, weights_only=True)
-    content["model"]["embed.weight"] += 1e-3
-    torch.save(content, ckpt)
-    printed = glue(*flags)
-    assert "cola seed 0" in printed and re.search("^cola .* 1  ", printed, re.M)  # of one trial
-    assert len(json.loads(results.read_text())) == 5
-
-
-def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypatch):
-    for name in ("stsb", "rte"):
-        write_glue(tmp_path / "glue", name, train=32)
-    scores = []
-    for at_once, flags in ((1, ["--task", "stsb", "--seed", 1, "--trials", 1]),
-                           (2, ["--task", "rte", "stsb", "--trials", 3])):
-        monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *_, n=at_once: n)
-        glue(*flags, "--epochs", 2, "--lr", 1e-3, "--dropout", 0, "--out", tmp_path / str(at_once))
-        scores.append(results_in(tmp_path / str(at_once)))
-    assert scores[0]["stsb", 1] == scores[1]["stsb", 1] != scores[1]["stsb", 0]
-
-
-def test_predictions_as_the_glue_server_takes_them(glue):
-    for name in finetune_glue.TASKS:
-        write_glue(glue.folder / "../glue", name, train=16, validation=5)
-    flags = ["--epochs", 1, "--test"]
-    glue("--task", "all", "--trials", 2, *flags)
-    [folder] = glue.folder.glob("glue_test*")
-
-    words = {"entailment", "neutral", "contradiction", "not_entailment"}
-    allowed = {"MNLI-m": words - {"not_entailment"}, "MNLI-mm": words - {"not_entailment"},
-               "QNLI": {"entailment", "not_entailment"}, "RTE": {"entailment", "not_entailment"},
-               "AX": words - {"not_entailment"}, "STS-B": None,
-               **dict.fromkeys(["CoLA", "SST-2", "MRPC", "QQP", "WNLI"], {"0", "1"})}
-    assert {path.stem for path in folder.glob("*")} == set(allowed)
-    for file, labels in allowed.items():
-        header, *lines = (folder / f"{file}.tsv").read_text().splitlines()
-        indices, predictions = zip(*(line.split("\t") for line in lines))
-        assert header == "index\tprediction"
-        assert list(map(int, indices)) == [*range({"AX": 1104, "WNLI": 146}.get(file, 5))]
-        assert set(predictions) <= labels if labels else all(
-            0 <= float(x) <= 5 for x in predictions)
-
-    # Predicted afresh, by the first trial; what another seed or another setting predicts is apart
-    stsb = (folder / "STS-B.tsv").read_text()
-    (folder / "STS-B.tsv").write_text("")
-    printed = glue("--task", "stsb", "--trials", 2, *flags)
-    assert re.findall("^(.* seed .): ", printed, re.M) == ["stsb seed 0"]
-    assert (folder / "STS-B.tsv").read_text() == stsb and len(results_in(glue.folder)) == 16
-    for others in (["--seed", 1], ["--lr", 1e-3]):
-        glue("--task", "stsb", "--trials", 1, *flags, *others)
-    contents = [(other / "STS-B.tsv").read_text() for other in glue.folder.glob("glue_test*")]
-    assert len(set(contents)) == 3 and stsb == (folder / "STS-B.tsv").read_text()
-
-
-def test_predictions_are_those_of_the_rows_they_stand_beside(glue, tmp_path, monkeypatch):
-    """A model that knows the answer: label words in the right order, at the right index."""
-    write_glue(tmp_path / "glue", "mnli", train=16, validation=7)
-    write_glue(tmp_path / "glue", "stsb", train=16, validation=5)
-    monkeypatch.setattr(finetune_glue.Trial, "predict", lambda self, split: (
-        np.arange(7) % 3 if self.task.labels else np.array([-1.0, 0, 2.34567, 5, 9])))
-    glue("--task", "mnli", "stsb", *ONE, "--test")
-    [folder] = glue.folder.glob("glue_test*")
-    for file in ("MNLI-m", "MNLI-mm"):
-        assert (folder / f"{file}.tsv").read_text().split()[2:] == [
-            "0", "entailment", "1", "neutral", "2", "contradiction", "3", "entailment",
-            "4", "neutral", "5", "contradiction", "6", "entailment"]
-    assert (folder / "STS-B.tsv").read_text().split()[3::2] == [
-        "0.000", "0.000", "2.346", "5.000", "5.000"]
-
-
-def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """The example of README.md, or of the script, and a byte order mark as Windows writes it."""
-    texts = [Path(file).read_text() for file in (HERE / "README.md", finetune_glue.__file__)]
-    example = re.compile(r"""^#? +("emotion": .*\),)$""", re.M)
-    entries = {entry for text in texts for entry in example.findall(text)}
-    assert len(entries) == 1  # one example, wherever it is told
-    own = {**eval("{" + entries.pop() + "}", vars(finetune_glue)), **finetune_glue.TASKS}
-    monkeypatch.setattr(finetune_glue, "TASKS", own)
-    write_glue(tmp_path / "glue", "emotion", train=16)
-    assert len(list((tmp_path / "glue/emotion").iterdir())) == 2
-    for path in (tmp_path / "glue/emotion").iterdir():
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    printed = glue("--task", "emotion", *ONE)
-    assert re.search("^emotion .*accuracy", printed, re.M) and "subset" not in printed
-    for name in finetune_glue.EIGHT:
-        write_glue(tmp_path / "glue", name, train=16, validation=5)
-    printed = glue("--task", "all", *ONE)  # without it: neither run nor averaged
-    assert "emotion seed" not in printed and "emotion: " not in printed
-    assert re.search("^average of nine .* 45.5 .* 80.7 .* 80.9 ", printed, re.M)
-
-
-def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
-    write_glue(tmp_path / "glue", "rte", train=16)
-    train("modern", recipe="modern", steps=2)
-    for folder, dropout, more in (("out", 0.1, []), ("modern", 0, []),
-                                  ("modern", 0.3, ["--dropout", 0.3])):
-        glue("--task", "rte", *ONE, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
-        [*_, result] = json.loads((tmp_path / folder / "glue.json").read_text())
-        assert result["settings"]["dropout"] == dropout
-
-
-def test_a_trial_that_diverges_says_so(glue, tmp_path):
-    write_glue(tmp_path / "glue", "rte", train=32)
-    write_glue(tmp_path / "glue", "stsb", train=32)
-    assert glue("--task", "rte", "stsb", *ONE, "--lr", 1e30).count("diverged") == 2
-    scores = results_in(glue.folder)  # of one prediction for all rows
-    assert scores["rte", 0]["validation"] == 50 and scores["stsb", 0]["validation"] == 0
-
-
-@pytest.mark.parametrize("scratch", [False, True])
-def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
-    write_glue(tmp_path / "glue", "rte", train=16)
-    first_weights = []
-    real = finetune_glue.Trial.set_weights
-
-    def spy(self, *args):
-        real(self, *args)
-        first_weights.append(self.model.bert.embed.weight.detach().clone())
-
-    monkeypatch.setattr(finetune_glue.Trial, "set_weights", spy)
-    glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
-    pretrained = torch.load(glue.folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
-    assert torch.equal(first_weights[0], pretrained) != scratch
-    assert torch.equal(first_weights[0], first_weights[1]) != scratch  # each trial draws its own
-
-
-# --- A trial, without the command
 
 
 def split_of(lengths, device="cpu"):
@@ -2120,29 +1794,6 @@ def test_a_trial_is_adamw_on_its_batches():
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-def test_trials_side_by_side_are_the_trials_alone():
-    alone = [weights_after(trial_of(seed))[0] for seed in (0, 1)]
-    assert same(weights_after(trial_of(0), trial_of(1)), alone) and not same(*alone)
-
-
-def test_recording_leaves_nothing_behind(monkeypatch):
-    """A card takes steps to record, with the dropout of training. Here they are only taken."""
-    [expected] = weights_after(trial_of(dropout=0.1))
-    real = finetune_glue.Trial.set_weights
-
-    def record_first(self, *args):
-        assert self.model.training
-        places = [p.data_ptr() for p in self.model.parameters()]
-        for T in (32, 96):
-            self.lr.fill_(1.0)
-            self.step(T)
-        real(self, *args)
-        assert places == [p.data_ptr() for p in self.model.parameters()]  # what a graph holds
-
-    monkeypatch.setattr(finetune_glue.Trial, "set_weights", record_first)
-    assert same(weights_after(trial_of(dropout=0.1))[0], expected)
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_replayed_graphs_are_the_steps_one_by_one():
@@ -2154,21 +1805,224 @@ def test_replayed_graphs_are_the_steps_one_by_one():
     assert moved.abs().max() > 1e-2  # far more than the two may differ by
 
 
-def test_blocks_share_one_compiled_code_for_each_length():
-    """Sixteen blocks would otherwise take sixteen times as long to compile."""
-    from torch._dynamo.utils import counters
-
-    model = finetune_glue.Classifier(model_of(seq_len=96, layers=3), 2, 0.1).bert.float().train()
-    torch.compiler.reset()
-    counters.clear()
-    for block in model.blocks:
-        block.compile(dynamic=False, backend="aot_eager")
-    for T in (32, 64, 32):
-        model.encode(torch.full((2, T), 7), torch.ones(2, T, dtype=torch.bool)).sum().backward()
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+# ------------------------------------------------------------------------------- GLUE: the command
 
 
-# --- Bad input
+def write_glue(folder, name, train=64, validation=16, **columns):
+    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
+    task, rng = finetune_glue.TASKS[name], random.Random(0)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", *task.validation, *task.test):
+        rows = []
+        for i in range(train if split == "train" else validation):
+            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
+            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
+            rows.append({**row, "label": label, "idx": i, **columns})
+            if split in task.test:
+                rows[i]["label"] = -1
+        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def glue(checkpoint, tmp_path, command):
+    """Run finetune_glue.py in this process on what write_glue wrote: glue(flags) -> its output."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(checkpoint, tmp_path / "out")
+
+    def run(*args, refused=None):
+        return command(finetune_glue, "--ckpt", tmp_path / "out/ckpt.pt", "--device", "cpu",
+                       "--data", tmp_path / "glue", *args, refused=refused)
+
+    run.folder = tmp_path / "out"
+    return run
+
+
+def results_in(folder):
+    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
+    results = json.loads((folder / "glue.json").read_text())
+    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
+    assert len(scores) == len(results)
+    return scores
+
+
+ONE = ("--trials", 1, "--epochs", 1)
+
+
+@slow
+def test_all_of_glue_end_to_end(checkpoint, tmp_path):
+    for name in finetune_glue.EIGHT:
+        write_glue(tmp_path / "glue", name, train=32)
+    out, trials = tmp_path / "new/results", {(name, seed) for name in finetune_glue.EIGHT
+                                             for seed in (0, 1)}
+    common = ["--ckpt", checkpoint, "--data", tmp_path / "glue", "--out", out, "--epochs", 2,
+              "--device", "cpu"]
+    script("finetune_glue.py", "--task", "cola", "--trials", 1, *common)
+    printed = script("finetune_glue.py", "--task", "all", "--trials", 2, *common)
+    assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
+    assert " 100%" in printed and not (checkpoint.parent / "glue.json").exists()
+    scores = results_in(out)
+    assert set(scores) == trials
+    nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
+            for name in finetune_glue.EIGHT for split in finetune_glue.TASKS[name].validation]
+
+    table = printed[printed.index("published: arXiv 2212.14034"):].splitlines()
+    assert max(map(len, table)) <= 100
+    assert any(line.startswith(f"cola             matthews {nine[-1]:6.1f}") for line in table)
+    [average] = [line.split() for line in table if "average of nine" in line]
+    assert average[3:] == [f"{sum(nine) / 9:.1f}", "45.5", "80.7", "80.9", "subset"]  # the paper's
+    said = printed.index("mnli: a subset, 32 training rows, not the official 392,702")
+    assert said < printed.index("mnli seed 0") and len(nine) == 9
+
+    printed = script("finetune_glue.py", "--task", "rte", "--trials", 1, "--scratch", *common)
+    assert "average" not in printed and "cola" not in printed  # other settings: a table of its own
+
+
+@slow
+def test_fine_tuning_reads_cola_from_the_hub(checkpoint, tmp_path):
+    import datasets
+
+    splits = ("train", "validation", "test")
+    files = {"README.md": hub_readme("cola", **{split: f"cola/{split}-*" for split in splits})}
+    write_glue(tmp_path, "cola")
+    for split in splits:
+        rows = [*map(json.loads, (tmp_path / f"cola/{split}.jsonl").read_text().splitlines())]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+        files[f"cola/{split}-00000-of-00001.parquet"] = (tmp_path / "x.parquet").read_bytes()
+    hub = Hub({"nyu-mll/glue": files}, tmp_path / "home")
+    script("finetune_glue.py", "--task", "cola", "--ckpt", checkpoint, "--out", tmp_path, *ONE,
+           env=hub.env)
+    assert ("cola", 0) in results_in(tmp_path)
+
+
+@slow
+def test_fine_tuning_learns_and_each_prediction_stands_beside_its_row(glue, tmp_path):
+    write_glue(tmp_path / "glue", "mnli", train=512, validation=63)
+    glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
+    assert min(results_in(glue.folder)["mnli", 0].values()) > 95
+    for file in ("MNLI-m", "MNLI-mm"):
+        [path] = glue.folder.glob(f"glue_test*/{file}.tsv")
+        right = [f"{i}\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(63)]
+        assert len(set(right) & set(path.read_text().splitlines())) >= 60
+
+
+def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_path):
+    write_glue(tmp_path / "glue", "cola", train=32)
+    results, ckpt = glue.folder / "glue.json", glue.folder / "ckpt.pt"
+    glue("--task", "cola", *ONE)
+    data = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
+    flags = ["--task", "cola", *ONE, "--data", data]
+    [result] = json.loads(results.read_text())
+    assert result["torch"] == torch.__version__ and result["rows"] == 32
+    results.write_text(json.dumps([{**result, "torch": "2.0", "card": "another"}]))
+    assert "cola: glue.json has all these trials, none is run" in glue(*flags)
+
+    for split in ("train", "validation"):
+        path = data / f"cola/{split}.jsonl"
+        path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
+        assert "cola seed 0" in glue(*flags)
+    assert "cola seed 0" in glue(*flags, "--lr", 1e-3)
+    content = torch.load(ckpt, weights_only=True)
+    content["model"]["embed.weight"] += 1e-3
+    torch.save(content, ckpt)
+    printed = glue(*flags)
+    assert "cola seed 0" in printed and re.search("^cola .* 1  ", printed, re.M)  # of one trial
+    assert len(json.loads(results.read_text())) == 5
+
+
+def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypatch):
+    for name in ("stsb", "rte"):
+        write_glue(tmp_path / "glue", name, train=32)
+    scores = []
+    for at_once, flags in ((1, ["--task", "stsb", "--seed", 1, "--trials", 1]),
+                           (2, ["--task", "rte", "stsb", "--trials", 3])):
+        monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *_, n=at_once: n)
+        glue(*flags, "--epochs", 2, "--lr", 1e-3, "--dropout", 0, "--out", tmp_path / str(at_once))
+        scores.append(results_in(tmp_path / str(at_once)))
+    assert scores[0]["stsb", 1] == scores[1]["stsb", 1] != scores[1]["stsb", 0]
+
+
+@slow
+def test_predictions_as_the_glue_server_takes_them(glue, tmp_path):
+    for name in finetune_glue.EIGHT:
+        write_glue(tmp_path / "glue", name, train=16, validation=5)
+    flags = ["--epochs", 1, "--test"]
+    glue("--task", "all", "--trials", 2, *flags)
+    [folder] = glue.folder.glob("glue_test*")
+
+    three, two = {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}
+    allowed = {"MNLI-m": three, "MNLI-mm": three, "AX": three, "QNLI": two, "RTE": two,
+               "STS-B": None, **dict.fromkeys(["CoLA", "SST-2", "MRPC", "QQP", "WNLI"], "01")}
+    assert {path.stem for path in folder.glob("*")} == set(allowed)
+    for file, labels in allowed.items():
+        header, *lines = (folder / f"{file}.tsv").read_text().splitlines()
+        indices, predictions = zip(*(line.split("\t") for line in lines))
+        assert header == "index\tprediction"
+        assert list(map(int, indices)) == [*range({"AX": 1104, "WNLI": 146}.get(file, 5))]
+        assert all(x in labels if labels else 0 <= float(x) <= 5 for x in predictions)
+
+    # Predicted afresh, by the first trial; what another seed or other settings predict is apart
+    stsb = (folder / "STS-B.tsv").read_text()
+    (folder / "STS-B.tsv").write_text("")
+    printed = glue("--task", "stsb", "--trials", 2, *flags)
+    assert re.findall("^(.* seed .): ", printed, re.M) == ["stsb seed 0"]
+    assert (folder / "STS-B.tsv").read_text() == stsb and len(results_in(glue.folder)) == 16
+    for others in (["--seed", 1], ["--lr", 1e-3]):
+        glue("--task", "stsb", "--trials", 1, *flags, *others)
+    assert len([*glue.folder.glob("glue_test*/STS-B.tsv")]) == 3
+    assert stsb == (folder / "STS-B.tsv").read_text()
+
+
+@slow
+def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
+    """The example of README.md, or of the script, and a byte order mark as Windows writes it."""
+    texts = [Path(file).read_text() for file in (HERE / "README.md", finetune_glue.__file__)]
+    example = re.compile(r"""^#? +("emotion": .*\),)$""", re.M)
+    entries = {entry for text in texts for entry in example.findall(text)}
+    assert len(entries) == 1  # one example, wherever it is told
+    own = {**eval("{" + entries.pop() + "}", vars(finetune_glue)), **finetune_glue.TASKS}
+    monkeypatch.setattr(finetune_glue, "TASKS", own)
+    write_glue(tmp_path / "glue", "emotion", train=16)
+    assert len(list((tmp_path / "glue/emotion").iterdir())) == 2
+    for path in (tmp_path / "glue/emotion").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    printed = glue("--task", "emotion", *ONE)
+    assert re.search("^emotion .*accuracy", printed, re.M) and "subset" not in printed
+    for name in finetune_glue.EIGHT:
+        write_glue(tmp_path / "glue", name, train=16, validation=5)
+    printed = glue("--task", "all", *ONE)  # without it: neither run nor averaged
+    assert "emotion seed" not in printed and "emotion: " not in printed
+    assert re.search("^average of nine .* 45.5 .* 80.7 .* 80.9 ", printed, re.M)
+
+
+def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
+    write_glue(tmp_path / "glue", "rte", train=16)
+    train("modern", recipe="modern", steps=2)
+    for folder, dropout, more in (("out", 0.1, []), ("modern", 0, []),
+                                  ("modern", 0.3, ["--dropout", 0.3])):
+        glue("--task", "rte", *ONE, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
+        [*_, result] = json.loads((tmp_path / folder / "glue.json").read_text())
+        assert result["settings"]["dropout"] == dropout
+
+
+def test_a_trial_that_diverges_says_so(glue, tmp_path):
+    write_glue(tmp_path / "glue", "rte", train=32)
+    write_glue(tmp_path / "glue", "stsb", train=32)
+    assert glue("--task", "rte", "stsb", *ONE, "--lr", 1e30).count("diverged") == 2
+    scores = results_in(glue.folder)  # of one prediction for all rows
+    assert scores["rte", 0]["validation"] == 50 and scores["stsb", 0]["validation"] == 0
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
+    write_glue(tmp_path / "glue", "rte", train=16)
+    embeddings, real = [], finetune_glue.Trial.set_weights
+    monkeypatch.setattr(finetune_glue.Trial, "set_weights", lambda self, *args: (
+        real(self, *args), embeddings.append(self.model.bert.embed.weight.detach().clone())))
+    glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
+    pretrained = torch.load(glue.folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
+    assert torch.equal(embeddings[0], pretrained) != scratch
+    assert torch.equal(embeddings[0], embeddings[1]) != scratch  # each trial draws its own
 
 
 @pytest.mark.parametrize("task, columns, flags, words", [
@@ -2185,32 +2039,25 @@ def test_blocks_share_one_compiled_code_for_each_length():
     ("nli", {}, (), "invalid choice"),
     ("mrpc", {}, (), "no train.jsonl"),
 ])
-def test_glue_says_what_is_wrong(train, tmp_path, complaint, task, columns, flags, words):
-    train(steps=2)
+def test_glue_says_what_is_wrong(glue, tmp_path, task, columns, flags, words):
     if task in ("cola", "stsb"):
         write_glue(tmp_path / "glue", task, **columns)
-    assert words in complaint(finetune_glue, "--task", task, "--ckpt", tmp_path / "out/ckpt.pt",
-                              "--data", tmp_path / "glue", *flags)
+    glue("--task", task, *flags, refused=words)
 
 
 def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_path, monkeypatch):
-    def refused(words, *flags):
-        with pytest.raises((cram.CramError, OSError), match=words):
-            glue("--task", "cola", *ONE, *flags)
-
-    folder = write_glue(tmp_path / "glue", "cola") / "cola"
+    folder, args = write_glue(tmp_path / "glue", "cola") / "cola", ["--task", "cola", *ONE]
     (folder / "test.jsonl").unlink()
-    glue("--task", "cola", *ONE)  # needed by --test only
+    glue(*args)  # needed by --test only
     monkeypatch.setattr(finetune_glue.Trial, "run_step", None)  # all below is said before a step
-    refused("no test.jsonl", "--test")
-    refused("glue.json", "--out", glue.folder / "glue.json")  # a file
+    glue(*args, "--test", refused="no test.jsonl")
+    glue(*args, "--out", glue.folder / "glue.json", refused="glue.json")  # a file
     if Path("/proc/self").is_dir():  # where even root cannot write
-        refused("/proc/self", "--out", "/proc/self")
+        glue(*args, "--out", "/proc/self", refused="/proc/self")
     (glue.folder / "glue.json").write_text('{"runs": 3}')
-    refused("glue.json is not a results file")
     (folder / "train.jsonl").write_text(json.dumps({"text": "x", "label": 0}))
-    refused("not a results file")
+    glue(*args, refused="glue.json is not a results file")
     (glue.folder / "glue.json").unlink()
-    refused("needs the columns sentence and label")
+    glue(*args, refused="needs the columns sentence and label")
     (folder / "train.jsonl").write_text('{"sentence": ')
-    refused("train.jsonl cannot be read")
+    glue(*args, refused="train.jsonl cannot be read")
