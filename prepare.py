@@ -58,36 +58,37 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
-DENSITY_HINT = ". With a small --vocab-size ordinary text is too dense as well: try a larger one"
-TOKENIZER_CHARS = 200_000_000  # the tokenizer sees at most this much text (its memory is bounded)
+TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
-VAL_EVERY = 100  # one document in so many is held out for validation ...
-VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); later ones are unused
+VAL_EVERY = 100  # one document in 100 is held out for validation ...
+VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); the rest is unused
 
-MAX_DOCUMENT = 50_000_000  # bytes on one line; a longer line is skipped
-MAX_LIST = 100_000_000  # bytes of a .json file that is one list, parsed at once
-PIECE = 100_000  # characters: at most this much is tokenized at once; a document of a .txt file
-BUCKET_TOKENS = 25_600_000  # shuffled at once in memory when ordering (51 MB)
-READ_TOKENS = 8_388_608  # read at once when ordering (17 MB)
+# Memory is bounded by these
+MAX_DOCUMENT = 50_000_000  # bytes; a longer document is skipped
+MAX_LIST = 100_000_000  # bytes of a .json file that is one list; a longer one is skipped
+PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
+BUCKET_TOKENS = 25_600_000  # shuffled at once (51 MB)
+READ_TOKENS = 8_388_608  # read at once when ordering rows (17 MB)
+
 SAVE_SECONDS = 5  # a killed run loses about this much work
-BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60  # between updates of a progress bar
-OUTAGE_SECONDS = 1800  # without an answer from the hub, then the run stops
-RETRY_SECONDS = 30  # between attempts, each of which takes the client 20 to 90 s
-REASONS_SHOWN = 20  # why documents and files were skipped; the rest are only counted
+OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
+RETRY_SECONDS = 30  # between attempts; one attempt of the hub's client takes 20 to 90 s
+RESUME = "Start the same command again to resume."
+REASONS_SHOWN = 20  # skipped documents and files that are named; the others are only counted
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
-# What becomes of characters outside ASCII (Oniguruma patterns). GLUE is nearly all ASCII, so its
-# forms are the ones to learn. No loss may glue words together or change a number.
+# How characters outside ASCII are replaced (Oniguruma patterns). GLUE is nearly all ASCII, so the
+# replacements are what GLUE writes. None may glue words together or change a number.
 
-BEFORE_DECOMPOSING = [  # NFKD would lose these or confuse them with something else
+BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
     ("[“”„‟«»″\x93\x94]", '"'),  # \x91 to \x97: Windows-1252, read as Latin-1
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
-    # Insertions: never before the first character, where the library would panic
+    # Insertions; the library panics on one before the first character
     (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
     (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
     (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
@@ -101,50 +102,53 @@ AFTER_DECOMPOSING = [  # in lower case
     ("[đð]", "d"), ("ø", "o"), ("ł", "l"), ("ı", "i"), ("ħ", "h"),
     (r"[\p{M}\p{Cf}]+", ""),  # accents, now set apart; soft hyphens, zero-width characters
 ]
+LAST = [
+    ("``|''", '"'),
+    (r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # leaves single spaces alone: twice as fast
+]
 
 
 def build_normalizer(ascii_only=False):
     """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
-    Our deviation: the paper drops all that is not ASCII. Here the tables above come first, and what
-    is left (other scripts, emoji, controls) becomes a space. `ascii_only` leaves out what cannot
-    occur in ASCII text: the same result in a quarter of the time.
+    The paper drops every character outside ASCII. We deviate: the tables above replace what they
+    can, the rest (other scripts, emoji, controls) becomes a space. `ascii_only` gives the same
+    result for ASCII text in a quarter of the time.
     """
-    def replace(pattern, by):
-        return normalizers.Replace(Regex(pattern), by)
+    def replace(table):
+        return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
 
-    before, after = ([], []) if ascii_only else (BEFORE_DECOMPOSING, AFTER_DECOMPOSING)
-    return normalizers.Sequence([
-        *(replace(*pair) for pair in before),
-        *([] if ascii_only else [normalizers.NFKD()]),
-        normalizers.Lowercase(),
-        *(replace(*pair) for pair in after),
-        replace("``|''", '"'),
-        replace(r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # not at single spaces: twice as fast
-        normalizers.Strip(),
-    ])
+    if ascii_only:
+        steps = [normalizers.Lowercase()]
+    else:
+        steps = [*replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
+                 *replace(AFTER_DECOMPOSING)]
+    return normalizers.Sequence([*steps, *replace(LAST), normalizers.Strip()])
 
 
 NORMALIZER, ASCII_NORMALIZER = build_normalizer(), build_normalizer(ascii_only=True)
 
 
 def normalize(text):
-    return (ASCII_NORMALIZER if text.isascii() else NORMALIZER).normalize_str(text)
+    if text.isascii():
+        return ASCII_NORMALIZER.normalize_str(text)
+    # Broken JSON escapes give halves of surrogate pairs, which the library refuses
+    return NORMALIZER.normalize_str(text.encode("utf-8", "ignore").decode())
 
 
 def train_tokenizer(texts, vocab_size):
-    """WordPiece over an iterator of strings; the same text gives the same file everywhere.
+    """WordPiece from an iterator of strings; the same text gives the same file everywhere.
 
-    The library numbers "##" letters in hash order, which differs between processes and decides
-    between merges that are equally frequent. So the alphabet, all that build_normalizer leaves, is
-    given to it as special tokens, the only ones whose order it keeps, and the result is renumbered:
-    SPECIAL_TOKENS first, then sorted.
+    The library numbers "##" letters in hash order, which differs between processes and breaks ties
+    between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
+    characters that build_normalizer leaves) is passed as such. Then the ids are renumbered:
+    SPECIAL_TOKENS first, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + alphabet, show_progress=False)
-    words = pre_tokenizers.Whitespace()  # \w+|[^\w\s]+: what a "." token is
+    words = pre_tokenizers.Whitespace()  # splits at \w+|[^\w\s]+
     learned = Tokenizer(models.WordPiece(unk_token="<unk>"))
     learned.pre_tokenizer = words
     learned.train_from_iterator(map(normalize, texts), trainer)
@@ -161,25 +165,17 @@ def train_tokenizer(texts, vocab_size):
 
 # ------------------------------------------------------------------------------- 3. Sources
 # A reader yields (text, None) for each document and (None, reason) for one that cannot be read.
-# The order is always the same, so that a number of documents is a place to resume from.
+# A file always gives the same documents in the same order: their number is where to resume.
 
 
 def text_of(row, where):
-    """(text, None) of one row of a table, or (None, reason)."""
     if not isinstance(row, dict) or "text" not in row:
-        columns = ascii(list(row)[:9])[:200] if isinstance(row, dict) else "no columns"
-        return None, f'{where}: no column "text", but {columns}'
+        return None, f'{where}: no column "text", but {row!a:.120}'
     if not isinstance(row["text"], str):
         return None, f'{where}: column "text" holds {type(row["text"]).__name__}, not a string'
     if len(row["text"]) > MAX_DOCUMENT:
         return None, f"{where}: over {MAX_DOCUMENT:,} characters"
-    return without_surrogates(row["text"]), None
-
-
-def without_surrogates(text):
-    """Without the halves of character pairs that broken JSON escapes give: tokenizers refuses them.
-    """
-    return text.encode("utf-8", "ignore").decode("utf-8")
+    return row["text"], None
 
 
 def read_jsonl(stream, path):
@@ -193,11 +189,9 @@ def read_jsonl(stream, path):
             yield None, f"{where}: over {MAX_DOCUMENT:,} bytes"
         elif not line.isspace():
             try:
-                yield text_of(json.loads(line.decode("utf-8-sig")), where)
-            except UnicodeDecodeError:
-                yield None, f"{where}: not UTF-8"
+                yield text_of(json.loads(line), where)
             except (ValueError, RecursionError) as error:
-                yield None, f"{where}: not JSON ({error})"
+                yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
 def read_json(stream, path):
@@ -208,28 +202,22 @@ def read_json(stream, path):
         yield from read_jsonl(stream, path)
         return
     content = stream.read(MAX_LIST + 1)
-    try:
-        if len(content) > MAX_LIST:
-            raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
-        rows = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        yield None, f"{path}: cannot be read as JSON ({error})"
-        return
-    for number, row in enumerate(rows, 1):
+    if len(content) > MAX_LIST:
+        raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
+    for number, row in enumerate(json.loads(content), 1):
         yield text_of(row, f"{path} row {number}")
 
 
 def read_txt(stream, path):
-    """Pieces of about PIECE characters, each a document, cut at line ends (or inside a line that
-    is longer than a piece)."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+    """Documents of about PIECE characters, cut at line ends (or inside a longer line)."""
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="replace")
     replaced = 0
     while piece := text.read(PIECE):
-        piece, bad_bytes = re.subn("[\udc80-\udcff]", "\ufffd", piece + text.readline(PIECE))
-        replaced += bad_bytes
+        piece += text.readline(PIECE)
+        replaced += piece.count("\ufffd")  # becomes a space in `normalize`
         yield piece, None
     if replaced:
-        yield None, f"{path}: {replaced:,} bytes that are not UTF-8 became spaces"
+        yield None, f"{path}: {replaced:,} bytes that are not UTF-8 (or U+FFFD) became spaces"
 
 
 def read_parquet(stream, path):
@@ -246,6 +234,7 @@ def read_parquet(stream, path):
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
 KINDS = ", ".join(READERS)
+DAMAGE = (EOFError, ValueError, RecursionError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def kind(path):
@@ -253,40 +242,24 @@ def kind(path):
     return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
-def open_file(path):
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    from datasets.utils.file_utils import xopen  # of the hub
-
-    return xopen(path, "rb")
-
-
-def is_damage(error):
-    """Whether the file is bad, rather than the disk or the network."""
-    if type(error) is OSError:
-        return error.errno is None  # then it is pyarrow's: a page that cannot be decoded
-    return isinstance(error, (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error))
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
 def read_file(path):
-    """Documents of one file, local or hf://. A damaged file, such as a download that broke off,
-    gives those before the damage."""
+    """Documents of one file, local or hf://; of a damaged one those before the damage."""
+    open_file = open
+    if path.startswith("hf://"):
+        from datasets.utils.file_utils import xopen as open_file
     unpack = UNPACK.get(os.path.splitext(path.lower())[1])
     try:
-        with open_file(path) as raw:
+        with open_file(path, "rb") as raw:
             yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
     except Exception as error:
-        if not is_damage(error):
-            raise
-        yield None, f"{path}: the file is damaged or cut off ({one_line(error)})"
+        bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
+        if not (bad_page or isinstance(error, DAMAGE)):
+            raise  # a fault of the disk or the network
+        yield None, f"{path}: the file is damaged, cut off or too large ({error!r:.120})"
 
 
 def python_docs(_):
-    """What ships inside every CPython: the language reference's topics, and each module's docs."""
+    """The documentation inside every CPython: the language reference and all docstrings."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some Linux distributions put it into a package of its own
@@ -304,147 +277,118 @@ def python_docs(_):
         except (SyntaxError, ValueError, RecursionError):  # the parser's own test cases
             continue
         docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        yield without_surrogates("\n".join(filter(None, docs))), None
+        yield "\n".join(filter(None, docs)), None
 
 
 # A source of your own: a function that yields documents as a reader does, under its --source name
 BUILT_IN = {"python-docs": python_docs}
 
 
+def count_kinds(kinds):
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(kinds).items())) or "none"
+
+
 def local_files(pattern, out):
-    """The readable files of a path, folder or glob, sorted. Prints how many files of which kind
-    are read, and how many are not."""
+    """The readable files of a path, folder or glob, sorted. Prints what is read and what is not."""
     path, out = Path(pattern), out.resolve()
     found = path.rglob("*") if path.is_dir() else (
         [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
     ours = (out / "meta.json", out / "tokenizer.json")
-    files, read, others = [], Counter(), Counter()
+    files, others = [], []
     for f in sorted(found):
         if f.resolve() in ours or out / "work" in f.resolve().parents:
             continue
         if f.is_file() and kind(str(f)) in READERS:
             files.append(str(f))
-            read[kind(str(f))] += 1
-        elif f.is_file() or f.is_symlink():
-            others["linked folders" if f.is_dir() else kind(str(f)) or "without ending"] += 1
-    skipped = ", ".join(f"{n:,} {what}" for what, n in sorted(others.items()))
+        elif f.is_file():
+            others.append(kind(str(f)) or "without ending")
+        elif f.is_symlink():
+            others.append("linked folders")
     if not files:
         raise SystemExit(
-            f"--source {pattern}: nothing to read there" + f" (only {skipped})" * bool(others)
-            + f". Give one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} "
-            "files; all but .parquet may end in .gz or .xz")
-    print("files: " + ", ".join(f"{n:,} {what}" for what, n in sorted(read.items()))
-          + f"; not read: {skipped}" * bool(others))
+            f"--source {pattern}: nothing to read there (other files: {count_kinds(others)}). Give "
+            f"one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; "
+            "all but .parquet may end in .gz or .xz")
+    print(f"files: {count_kinds(map(kind, files))}; not read: {count_kinds(others)}")
     return files
 
 
-class UnusableSource(Exception):
-    """Too little text, or none: nothing of this run is worth keeping."""
+def hub_files(name, known):
+    """The files of a repository on the hub: hf://datasets/NAME@REVISION/PATH. A resumed run passes
+    the files it began with as `known`: the repository may have changed since."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    if known:
+        return known
+    try:
+        return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
+    except Exception as error:  # of any of four HTTP libraries
+        raise SystemExit(
+            f"cannot open {HUB[name][0]} on the Hugging Face hub ({error!r:.120}). Without a "
+            "network, use --source python-docs or a path to text files of your own.") from None
 
 
-class Source:
-    """The documents of --source, from the start or from where an earlier run stopped.
-
-    That place is the cursor: the number of the file, how many rows of it have been read, and how
-    many documents in all.
-    """
-
-    START = {"documents": 0, "file": 0, "row": 0}
-
-    def __init__(self, name, out):
-        self.name, self.revision, self.outage_began = name, None, None
-        self.files, self.sizes = [], []  # those of the hub: see connect
-        if name in BUILT_IN:
-            self.files = [name]
-        elif name not in HUB:
-            self.files = local_files(name, out)
-            self.sizes = [*map(os.path.getsize, self.files)]
-
-    def connect(self, revision):
-        """List the files of the repository on the hub. A run that resumes gives the revision that
-        it began with, since the cursor may mean another document after a change."""
-        import datasets
-
-        datasets.disable_progress_bars()
-        for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
-            logging.getLogger(library).setLevel(logging.CRITICAL)
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-        repository, configuration = HUB[self.name]
-        while not self.files:
-            try:
-                builder = datasets.load_dataset_builder(
-                    repository, configuration, revision=revision)
-                self.files = list(builder.config.data_files["train"])
-            except Exception as error:  # of any of four HTTP libraries
-                if revision is None:
-                    raise UnusableSource(
-                        f"cannot open {repository} on the Hugging Face hub ({one_line(error)}). "
-                        "Without a network, use --source python-docs or a path to text files of "
-                        "your own.") from None
-                self.wait(error)
-        self.revision = re.search("@([0-9a-f]+)/", self.files[0])[1]  # hf://datasets/R@SHA/...
-
-    def documents(self, cursor):
-        """Yields (text, reason) as the readers do; self.cursor is then the place behind it."""
-        self.cursor = dict(cursor)
-        while self.cursor["file"] < len(self.files):
-            file = self.files[self.cursor["file"]]
-            if self.cursor["row"] and self.name in HUB:
-                tqdm.write(f"reading {file} again from its start, up to document "
-                           f"{self.cursor['row']:,}")
-            try:
-                read = BUILT_IN.get(file, read_file)
-                for document in itertools.islice(read(file), self.cursor["row"], None):
-                    self.outage_began = None
-                    self.cursor["documents"] += 1
-                    self.cursor["row"] += 1
-                    yield document
-            except Exception as error:
-                if self.name not in HUB:
-                    raise
-                self.wait(error)
-            else:
-                self.cursor.update(file=self.cursor["file"] + 1, row=0)
-
-    def wait(self, error):
-        """Sleep until the next attempt to reach the hub, or stop after a long outage."""
-        now = time.monotonic()
-        self.outage_began = self.outage_began or now
-        if now - self.outage_began > OUTAGE_SECONDS:
-            raise SystemExit(f"--source {self.name}: no answer from the hub for "
-                             f"{OUTAGE_SECONDS // 60} minutes ({one_line(error)}). Start the same "
-                             "command again to resume from here.")
-        tqdm.write(f"the hub does not answer ({one_line(error)}); trying again in "
-                   f"{RETRY_SECONDS} s, for {OUTAGE_SECONDS // 60} minutes in all")
-        time.sleep(RETRY_SECONDS)
-
-    def sample(self, limit):
-        """Text to train the tokenizer on, about `limit` characters: a share of each local file by
-        size, or the beginning of any other source."""
-        used, due, total = 0, 0, sum(self.sizes)
-        parts = [(limit * size / max(1, total), read_file(file))
-                 for file, size in zip(self.files, self.sizes, strict=False)]
-        with tqdm(desc="tokenizer", unit="char", unit_scale=True, mininterval=BAR_SECONDS,
-                  total=limit if self.name in HUB or total > limit else None) as bar:
-            for share, documents in parts or [(limit, self.documents(self.START))]:
-                due += share
-                for text, _ in documents if used < due else ():
-                    if text:
-                        yield from pieces(text)
-                        bar.update(len(text))
-                        used += len(text)
-                        if used >= due:
-                            break
+def documents(files, file=0, row=0):
+    """Yields (text, reason, cursor): a reader's pair, and the place behind it, from which a later
+    run resumes, as (number of the file, number of documents in it)."""
+    outage_began = None
+    while file < len(files):
+        path = files[file]
+        on_hub = path.startswith("hf://")
+        if row and on_hub:
+            tqdm.write(f"reading {path} again from its start, up to document {row:,}")
+        try:
+            for text, reason in itertools.islice(BUILT_IN.get(path, read_file)(path), row, None):
+                outage_began = None
+                row += 1
+                yield text, reason, (file, row)
+            file, row = file + 1, 0
+        except Exception as error:
+            if not on_hub:
+                raise
+            outage_began = outage_began or time.monotonic()
+            if time.monotonic() - outage_began > OUTAGE_SECONDS:
+                raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
+                                 f"({error!r:.120}). {RESUME}") from None
+            tqdm.write(f"the hub does not answer ({error!r:.120}); trying again for up to "
+                       f"{OUTAGE_SECONDS // 60} minutes")
+            time.sleep(RETRY_SECONDS)
 
 
-def printable(path):
-    """A file name in which bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def progress_bar(desc, unit, total, done=0):
+    return tqdm(desc=desc, unit=unit, unit_scale=True, total=total, initial=done,
+                mininterval=0.1 if sys.stderr.isatty() else 60)
+
+
+def sample(files, limit):
+    """Text to train the tokenizer on, about `limit` characters: a share of each local file by
+    size, or the beginning of another source."""
+    if files[0] in BUILT_IN or files[0].startswith("hf://"):
+        parts, total = [(limit, documents(files))], limit
+    else:
+        sizes = [*map(os.path.getsize, files)]
+        total = min(limit, sum(sizes))
+        parts = [(limit * size / max(1, sum(sizes)), read_file(f)) for f, size in zip(files, sizes)]
+    used = due = 0
+    with progress_bar("tokenizer", "char", total) as bar:
+        for share, part in parts:
+            due += share
+            for text, *_ in part:
+                if used >= due:
+                    break
+                if text:
+                    yield from pieces(text)
+                    bar.update(len(text))
+                    used += len(text)
 
 
 def pieces(text):
-    """Lines of a text, cut at spaces where longer than PIECE. Normalising takes 20 bytes of memory
-    a character, tokenizing more, and most lines are ASCII, which is faster."""
+    """Lines of a text, cut at spaces where longer than PIECE: tokenizing takes over 20 bytes of
+    memory a character. Most lines are ASCII, which is faster."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -457,22 +401,18 @@ def pieces(text):
 
 
 # ------------------------------------------------------------------------------- 4. Workers
-# One process a core normalises, tokenizes and hashes; the parent reads, decides and writes.
+# One process per core normalises, tokenizes and hashes; the parent reads, decides and writes.
 
 
 def start_worker(tokenizer_json):
-    """Runs once in each process. The thread ends it when the parent is gone, even if killed."""
+    """Runs once in each process. The thread ends the process when its parent has died."""
     global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
-    tokenizer.normalizer = normalizers.Sequence([])  # what it gets here is normalised already
+    tokenizer.normalizer = normalizers.Sequence([])  # `normalize` is faster
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
                      daemon=True).start()
-
-
-def tokenize(texts):
-    return [tokenize_document(text) for text in texts]
 
 
 def tokenize_document(text):
@@ -482,40 +422,42 @@ def tokenize_document(text):
         [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
         ids.append(np.array(encoding.ids, np.uint16))
         digest.update(normal.encode() + b" ")
-        characters += len(normal) + 1  # with the spaces between pieces
+        characters += len(normal) + 1  # 1 for the space between pieces
     return np.concatenate(ids), max(0, characters - 1), int.from_bytes(digest.digest(), "little")
 
 
-def chunks(source, cursor):
-    """Yields work for one call: (texts, reasons of invalid ones, the cursor behind them)."""
-    texts, reasons, size = [], [], 0
-    for text, reason in source.documents(cursor):
-        if text is None:
-            reasons.append(reason)
-        else:
-            texts.append(text)
-            size += len(text)
-        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
-            yield texts, reasons, dict(source.cursor)
-            texts, reasons, size = [], [], 0
-    if texts or reasons:
-        yield texts, reasons, dict(source.cursor)
+def tokenize(chunk):
+    return [tokenize_document(text) for text, _ in chunk if text is not None]
 
 
-def in_parallel(jobs, tokenizer_json):
-    """Tokenize chunks on all cores, in order, with never more than a few in memory."""
+def chunks(files, start):
+    """Yields (a list of a reader's pairs, the cursor behind them): the work for one call."""
+    chunk, size = [], 0
+    for text, reason, cursor in documents(files, *start):
+        chunk.append((text, reason))
+        size += len(text or "")
+        if size >= 500_000 or len(chunk) >= 2_000:
+            yield chunk, cursor
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, cursor
+
+
+def tokenize_chunks(chunks, tokenizer_json):
+    """Yields (chunk, cursor, tokenized documents) in order. All cores work, a few chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores or 1, 61)  # Windows waits for no more
+    cores = min(cores or 1, 61)  # the limit on Windows
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         try:
-            for chunk in itertools.chain(jobs, [None]):
-                if chunk:
-                    waiting.append((chunk, pool.submit(tokenize, chunk[0])))
-                while waiting and (chunk is None or len(waiting) > 2 * cores):
-                    done, future = waiting.popleft()
-                    yield done, future.result()
+            for chunk, cursor in chunks:
+                waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
+                if len(waiting) > 2 * cores:
+                    chunk, cursor, future = waiting.popleft()
+                    yield chunk, cursor, future.result()
+            for chunk, cursor, future in waiting:
+                yield chunk, cursor, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -555,12 +497,9 @@ class DuplicateTable:
         table = np.zeros(DUPLICATE_SLOTS, np.uint64)
         self.log = open_at(path, 8 * entries)
         self.log.seek(0)
-        for start in range(0, entries, 2**20):  # the last of two entries in a slot stays
-            hashes = np.fromfile(self.log, np.uint64, min(2**20, entries - start))
-            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes
-        self.log.seek(8 * entries)
+        while len(hashes := np.fromfile(self.log, np.uint64, 2**20)):
+            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the later of two in a slot stays
         self.slots = memoryview(table)
-        self.entries = entries
 
     def add(self, digest):
         """Add a hash; returns whether it was there already."""
@@ -569,7 +508,6 @@ class DuplicateTable:
             return True
         self.slots[slot] = digest
         self.log.write(digest.to_bytes(8, "little"))
-        self.entries += 1
         return False
 
 
@@ -580,28 +518,26 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 class Packer:
     """Appends documents to work/train.tokens and work/val.tokens.
 
-    save() flushes them and records their sizes in work/progress.json. A run that resumes cuts off
-    what was written after the last save.
+    save() flushes them and records how much they hold. A run that resumes cuts off what was
+    written after the last save.
     """
 
     def __init__(self, work, seq_len):
-        self.path, self.seq_len = work / "progress.json", seq_len
-        self.progress = {"cursor": Source.START, "counts": dict.fromkeys(COUNTS, 0), "hashes": 0}
+        self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
+        self.cursor, self.counts = (0, 0), dict.fromkeys(COUNTS, 0)
         if self.path.exists():
-            self.progress = json.loads(self.path.read_text())
-            print(f"resuming after {self.progress['cursor']['documents']:,} documents")
-        self.counts = self.progress["counts"]
+            progress = json.loads(self.path.read_text())
+            self.cursor, self.counts = progress["cursor"], progress["counts"]
+            print(f"resuming after {self.counts['documents_read']:,} documents")
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
-        self.duplicates = DuplicateTable(work / "document.hashes", self.progress["hashes"])
-        self.saved_at = time.monotonic()
+        self.duplicates = DuplicateTable(work / "document.hashes", self.counts["documents_kept"])
 
     def save(self):
         for f in (self.train, self.val, self.duplicates.log):
             f.flush()
             os.fsync(f.fileno())
-        self.progress["hashes"] = self.duplicates.entries
-        write_atomic(self.path, self.progress)
+        write_atomic(self.path, {"cursor": self.cursor, "counts": self.counts})
         self.saved_at = time.monotonic()
 
     def add_document(self, ids, characters, digest):
@@ -630,27 +566,28 @@ class Packer:
         return "documents_kept"
 
 
-def pack(source, tokenizer_json, work, seq_len, target):
+def pack(files, tokenizer_json, work, seq_len, target):
     """Read, tokenize and pack documents until there are `target` training tokens.
 
-    The bytes do not depend on interruptions: progress is saved and the target checked only between
-    chunks, and the chunks are always the same. Returns the counts.
+    Interruptions do not change the bytes: chunks are always the same, and only between them is
+    progress saved and the target checked. Returns the counts.
     """
     packer = Packer(work, seq_len)
     counts = packer.counts
-    enough = counts["train_tokens"] >= target
-    todo = () if enough else chunks(source, packer.progress["cursor"])
-    with tqdm(desc="tokens", unit="tok", unit_scale=True, initial=counts["train_tokens"],
-              total=target if source.name in HUB else None, mininterval=BAR_SECONDS) as bar:
-        for (_, reasons, cursor), documents in in_parallel(todo, tokenizer_json):
-            counts["documents_read"] += len(documents) + len(reasons)
-            for reason in reasons:
+    if counts["train_tokens"] >= target:
+        return counts  # stopped later, when ordering the rows
+    work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
+    with progress_bar("tokens", "tok", target if files[0].startswith("hf://") else None,
+                      counts["train_tokens"]) as bar:
+        for chunk, cursor, tokenized in work_left:
+            for reason in [reason for text, reason in chunk if text is None]:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
-            for document in documents:
+            for document in tokenized:
                 counts[packer.add_document(*document)] += 1
-            packer.progress["cursor"] = cursor
+            counts["documents_read"] += len(chunk)
+            packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
                 break
@@ -660,81 +597,60 @@ def pack(source, tokenizer_json, work, seq_len, target):
     return counts
 
 
-def check_enough(counts, seq_len):
-    if counts["train_tokens"] < seq_len:
-        tokens = counts["train_tokens"] + counts["val_tokens"]
-        raise UnusableSource(
-            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
-            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense). It takes two rows of {seq_len}, to train "
-            "on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
-
-
 # ------------------------------------------------------------------------------- 6. Order
 
 
-def row_blocks(path, n_rows, seq_len):
+def row_blocks(path, seq_len):
     with open(path, "rb") as f:
-        at_once = max(1, READ_TOKENS // seq_len)
-        for start in range(0, n_rows, at_once):
-            count = min(at_once, n_rows - start)
-            yield np.fromfile(f, np.uint16, count * seq_len).reshape(count, seq_len)
+        while len(tokens := np.fromfile(f, np.uint16, READ_TOKENS // seq_len * seq_len)) >= seq_len:
+            yield tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
 
 
 def row_key(rows, dot):
-    """From 0 to seq_len for each row; the largest come first. Another order goes here."""
+    """An integer from 0 to seq_len per row; rows with the largest come first."""
     return (rows == dot).sum(1)
 
 
-def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
+def order_rows(work, out_path, seq_len, dot, vocab_size):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
-    Ties are shuffled, since in the order of the source training would see one file after another.
-    To do so in little memory, the rows with one key are dealt in turn to n buckets, which are
-    adjacent parts of the output: row r of them becomes row r // n of bucket r mod n. Then each
-    bucket is shuffled in place.
+    Rows with the same number are shuffled: training must not see one source file after another.
+    They may not fit in memory, so they are dealt in turn to buckets (files), each shuffled alone.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    n_rows, row_bytes = os.path.getsize(tokens_path) // (2 * seq_len), 2 * seq_len
+    tokens_path = work / "train.tokens"
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
-    for rows in row_blocks(tokens_path, n_rows, seq_len):
+    for rows in row_blocks(tokens_path, seq_len):
         per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
+    n_rows, n_buckets = int(per_key.sum()), -(-per_key * seq_len // BUCKET_TOKENS)
 
-    first_bucket, sizes = {}, []
-    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
-    for key in reversed(range(seq_len + 1)):
-        first_bucket[key] = len(sizes)
-        sizes += [len(range(k, per_key[key], n_buckets[key])) for k in range(n_buckets[key])]
-    starts = [0, *itertools.accumulate(sizes)]
-
-    out_path.unlink(missing_ok=True)  # of a run killed just before its end; saves disk space
-    part = out_path.with_suffix(".part")
-    digest, rows_placed = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with open(part, "w+b") as f, tqdm(desc="ordering", unit="row", unit_scale=True,
-                                      total=2 * n_rows, mininterval=BAR_SECONDS) as bar:
-        for rows in row_blocks(tokens_path, n_rows, seq_len):
+    folder, part = work / "buckets", out_path.with_suffix(".part")
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left these
+    out_path.unlink(missing_ok=True)
+    folder.mkdir()
+    digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
+    with progress_bar("ordering", "row", 2 * n_rows) as bar, open(part, "wb") as f:
+        for rows in row_blocks(tokens_path, seq_len):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
-                n, group = n_buckets[key], rows[keys == key]
-                rank = rows_placed[key] + np.arange(len(group))
-                for k in range(n):
-                    mine = np.flatnonzero(rank % n == k)  # neighbours in the bucket
-                    if len(mine):
-                        place = starts[first_bucket[key] + k] + int(rank[mine[0]] // n)
-                        f.seek(place * row_bytes)
-                        f.write(group[mine].tobytes())
-                rows_placed[key] += len(group)
+                same, n = rows[keys == key], n_buckets[key]
+                for k in range(n):  # row r with this key goes to bucket r % n
+                    with open(folder / f"{key}.{k}", "ab") as bucket:
+                        bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
+                dealt[key] += len(same)
             bar.update(len(rows))
-        for bucket, size in enumerate(sizes):
-            f.seek(starts[bucket] * row_bytes)
-            rows = np.fromfile(f, np.uint16, size * seq_len).reshape(-1, seq_len)
-            shuffled = rows[np.random.default_rng(bucket).permutation(size)].tobytes()
-            f.seek(starts[bucket] * row_bytes)
+
+        paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
+                 for k in range(n_buckets[key])]
+        for seed, path in enumerate(paths):
+            rows = np.fromfile(path, np.uint16).reshape(-1, seq_len)
+            path.unlink()
+            shuffled = rows[np.random.default_rng(seed).permutation(len(rows))].tobytes()
             f.write(shuffled)
             digest.update(shuffled)
-            bar.update(size)
+            bar.update(len(rows))
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, out_path)
@@ -747,8 +663,7 @@ def order_rows(tokens_path, out_path, seq_len, dot, vocab_size):
 
 
 def lock_folder(work):
-    """Stop if another prepare.py is writing here. The lock ends with the process, even a killed
-    one."""
+    """Stop if another prepare.py is writing here. A lock ends with its process, even if killed."""
     f = open(work / "arguments.lock", "w")
     try:
         if fcntl:
@@ -757,12 +672,12 @@ def lock_folder(work):
         raise SystemExit(f"another prepare.py is writing to {work.parent}: wait for it, or give "
                          "another --out") from None
     except OSError as error:  # a file system without locks
-        print(f"cannot lock {work.parent} ({error}): start no second prepare.py on it")
+        print(f"cannot lock {work.parent} ({error}): do not start a second prepare.py on it")
     return f
 
 
 def token_count(text):
-    """Also 500k, 200M and 1.5G."""
+    """A number, also as 500k, 200M or 1.5G."""
     return float(text.upper().replace("K", "e3").replace("M", "e6").replace("G", "e9"))
 
 
@@ -775,7 +690,7 @@ def parse_arguments():
         f"or glob of {KINDS} files, all but .parquet also .gz or .xz, with a column \"text\" "
         "(default: %(default)s)"))
     parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
-        "stop after about so many training tokens, such as 200M or 1.5G (default: %(default)s, "
+        "stop after about this many training tokens, such as 200M or 1.5G (default: %(default)s, "
         "what the paper's A6000 reads in 24 h; 18 GB on disk, 39 GB while it is made)"))
     parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32_768,
@@ -796,59 +711,61 @@ def parse_arguments():
 
 
 def read_earlier(out, work, arguments):
-    """What an earlier run recorded here. Stops if it had other arguments."""
-    start_over = f"delete {out / 'meta.json'} and {work} to start over"
-    earlier = {}
-    for path in (work / "arguments.json", out / "meta.json"):
-        if path.exists():
-            try:
-                earlier = json.loads(path.read_text())
-                differs = [key for key in arguments
-                           if earlier["arguments"].get(key) != arguments[key]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise SystemExit(f"{path} is damaged: {start_over}") from None
-            if differs:
-                raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give "
-                                 f"another --out, or {start_over}")
+    """What an earlier run in this folder recorded, or {}. Stops if its arguments were different."""
+    finished = out / "meta.json"
+    path = finished if finished.exists() else work / "arguments.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        earlier = record.get("arguments", {})
+        if differs := [key for key in arguments if earlier.get(key) != arguments[key]]:
+            raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give another "
+                             f"--out, or delete {finished} and {work} to start over")
+        return record
     if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
-        raise SystemExit(f"{work} is not of prepare.py, which would delete it: give another --out")
-    return earlier
+        raise SystemExit(f"{work} holds files that prepare.py did not write: give another --out")
+    return {}
 
 
-def report(meta):
-    read = meta["documents_read"]
-    dropped = (f"{meta[key]:,} {key.replace('dropped_', '')} ({meta[key] / read:.2%})" for key in
-               ("invalid", "empty", "dropped_density", "dropped_duplicate"))
-    print(f"documents: {read:,} read, {meta['documents_kept']:,} kept; dropped: "
-          f"{', '.join(dropped)}\ntokens: {meta['train_tokens']:,} in {meta['train_rows']:,} rows "
-          f"to train on, {meta['val_rows']:,} rows to validate on\n"
-          f"{meta['characters_per_token']:.2f} characters a token, unigram entropy "
-          f"{meta['unigram_entropy']:.3f} nats"
-          + DENSITY_HINT * (meta["dropped_density"] > 0.1 * read))
+def printable(path):
+    """A file name in which bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def prepare(source, args, out, work):
+def print_documents(counts):
+    read = counts["documents_read"]
+    dropped = (f"{counts[key]:,} {key.replace('dropped_', '')} ({counts[key] / max(1, read):.2%})"
+               for key in ("invalid", "empty", "dropped_density", "dropped_duplicate"))
+    print(f"documents: {read:,} read, {counts['documents_kept']:,} kept; dropped: "
+          f"{', '.join(dropped)}")
+    if counts["dropped_density"] > 0.1 * read:
+        print("With a small --vocab-size ordinary text is too dense as well: try a larger one")
+
+
+def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        tokenizer = train_tokenizer(source.sample(TOKENIZER_CHARS), args.vocab_size)
+        tokenizer = train_tokenizer(sample(files, TOKENIZER_CHARS), args.vocab_size)
         write_atomic(tokenizer_path, tokenizer.to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = tokenizer.get_vocab_size()
 
-    counts = pack(source, tokenizer_json, work, args.seq_len, args.tokens)
+    counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
+    print_documents(counts)
     tokens = counts["train_tokens"] + counts["val_tokens"]
+    if counts["train_tokens"] < args.seq_len:
+        shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise SystemExit(
+            f"--source {args.source}: too little text: {tokens:,} tokens of "
+            f"{counts['documents_read']:,} documents. Training and validation need a row of "
+            f"{args.seq_len} each")
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
-    if counts["train_tokens"] < args.seq_len:
-        raise UnusableSource(
-            f"too little text: {tokens:,} tokens of {counts['documents_read']:,} documents "
-            f"({counts['empty']:,} are empty, {counts['invalid']:,} invalid, "
-            f"{counts['dropped_density']:,} too dense). It takes two rows of {args.seq_len}, to "
-            "train on and to validate on" + DENSITY_HINT * (counts["dropped_density"] > 0))
 
-    n_rows, sha256, entropy = order_rows(work / "train.tokens", out / "train.bin", args.seq_len,
+    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)
     val = np.fromfile(work / "val.tokens", np.uint16)
     val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
@@ -870,33 +787,32 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / "work"
-    source = Source(args.source, out)
     arguments = {"version": VERSION, "source": printable(args.source), "tokens": args.tokens,
-                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": [
-                     [printable(f), os.path.getsize(f)] for f in source.files if source.sizes]}
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": []}
+    if args.source not in (*HUB, *BUILT_IN):
+        files = local_files(args.source, out)
+        arguments["files"] = [[printable(f), os.path.getsize(f)] for f in files]
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before it did this
+        shutil.rmtree(work, ignore_errors=True)  # a run killed at its very end leaves it
         print(f"{out} is complete already")
         return
 
+    record = {"source": arguments["source"], "arguments": arguments}
+    if args.source in HUB:
+        record["hub_files"] = files = hub_files(args.source, earlier.get("hub_files"))
+        record["revision"] = re.search("@([0-9a-f]+)/", files[0])[1]
+    elif args.source in BUILT_IN:
+        files = [args.source]
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock_folder(work):
-            if args.source in HUB:
-                source.connect(earlier.get("revision"))
-            record = {"source": arguments["source"], "revision": source.revision,
-                      "arguments": arguments}
-            write_atomic(work / "arguments.json", record)
-            meta = {**record, **prepare(source, args, out, work)}
-            write_atomic(out / "meta.json", meta)
-    except UnusableSource as error:
-        shutil.rmtree(work)
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise SystemExit(f"--source {args.source}: {error}") from None
+    with lock_folder(work):
+        write_atomic(work / "arguments.json", record)
+        meta = {**prepare(files, args, out, work), **record}
+        write_atomic(out / "meta.json", meta)
     shutil.rmtree(work)
-    report(meta)
+    print(f"{out}: {meta['train_tokens']:,} tokens in {meta['train_rows']:,} rows to train on, "
+          f"{meta['val_rows']:,} rows to validate on\n{meta['characters_per_token']:.2f} "
+          f"characters per token, unigram entropy {meta['unigram_entropy']:.3f} nats")
 
 
 if __name__ == "__main__":
@@ -905,6 +821,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has gone, perhaps in the middle of drawing a progress bar:
         os._exit(1)  # an orderly exit could wait for the lock of that bar for ever
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
-        sys.exit(f"prepare.py stopped: {error}. Fix that, then start the same command to resume.")
+        sys.exit(f"prepare.py stopped: {error}. {RESUME}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; start the same command again to resume")
+        sys.exit(f"\nstopped. {RESUME}")
