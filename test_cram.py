@@ -1367,7 +1367,7 @@ def start(data, tmp_path):
     started = []
 
     def run(*args):
-        args = args or ["--data", data, *flags_of(TINY), "--minutes", 3]
+        args = args or ["--data", data, *flags_of(TINY), "--minutes", 2]
         process = launch("cram.py", "--out", tmp_path / "o", *args)
         started.append(process)
         for line in process.stdout:
