@@ -468,7 +468,7 @@ def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypat
 @pytest.mark.parametrize("content, args, words", [
     (None, [], "nothing to read there"),
     (b"", [], "too little text: 0 tokens of 0 documents"),
-    (b'{"body": "x"}\n', [], "no column \"text\", but ['body"),
+    (b'{"body": "x"}\n', [], "no column \"text\", but {'body"),
     (b'{"text": "\xff\xfe"}\n', [], "not UTF-8"),
     (b'{"text": "too short"}\n', [], "too little text"),
     (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
@@ -764,14 +764,15 @@ def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
 
 @slow
 def test_parameters_and_operations_at_the_papers_size():
+    s = cram.Settings(**cram.RECIPES["electra"])
     with torch.device("meta"):
         model = cram.CrammedBERT(cram.Settings(), 32_768, 128)
-        electra = cram.Electra(cram.Settings(**cram.RECIPES["electra"]), 32_768, 128)
+        electra = cram.Electra(s, 32_768, 128)
     assert sum(p.numel() for p in model.parameters()) == 119_589_889
     assert round(model.flops_per_token(0.25) / 1e6) == 623
-    trunks = [10 * L * C * C * 6 + 12 * L * 128 * C for L, C in ((16, 768), (6, 256))]
+    trunks = [10 * L * C * C * 6 + 12 * L * 128 * C for L, C in ((s.layers, s.width), (6, 256))]
     assert electra.flops_per_token(0.15) == pytest.approx(
-        sum(trunks) + 2 * 6 * 32_768 * 768 * 0.15, rel=0.01)
+        sum(trunks) + 6 * 32_768 * s.width * 0.15, rel=0.01)
 
 
 def reference_encode(w, ids, heads, mask):
@@ -1086,14 +1087,16 @@ def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
 # ---------------------------------------------------------------------------------- a training run
 
 
-@pytest.mark.parametrize("recipe, loss, val_loss", [
-    ("crammed", 4.62322, 4.57589), ("modern", 4.54408, 4.53045), ("electra", 30.34286, 4.52782)])
-def test_the_final_loss_of_each_recipe(train, recipe, loss, val_loss):
-    """Numbers from this code: whatever moves them changes what a recipe computes. (Two threads
-    instead of one move them by 5e-6. Learning is another test's.)"""
-    _, log = train(**{**ELECTRA, "recipe": recipe}, steps=40, lr=1e-2)
-    assert log[-1]["loss"] == pytest.approx(loss, abs=2e-4)
-    assert log[-1]["val_loss"] == pytest.approx(val_loss, abs=2e-4)
+@pytest.mark.parametrize("recipe, loss, val_loss, tolerance", [
+    ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
+    ("electra", 4.5276, 4.5396, 2e-3)])
+def test_the_final_loss_of_each_recipe(train, recipe, loss, val_loss, tolerance):
+    """Numbers from this code: whatever moves them changes what a recipe computes. (A second thread
+    moves them by 5e-6, and electra's by 4e-4, as it draws another token. They are no results: this
+    is too early.)"""
+    _, [*_, line] = train(**{**ELECTRA, "recipe": recipe}, steps=40, lr=1e-2)
+    assert line.get("loss_generator", line["loss"]) == pytest.approx(loss, abs=tolerance)
+    assert line["val_loss"] == pytest.approx(val_loss, abs=tolerance)
 
 
 def test_a_run_learns_and_keeps_its_books(train):
@@ -1159,7 +1162,7 @@ def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
     for before, line in itertools.pairwise(log[:-1]):
         assert line["progress"] == pytest.approx(line["elapsed_s"] / 3.8)
         assert line["lr"] == pytest.approx(cram.lr_at(before["progress"], s), rel=0.05)
-    assert log[-1]["lr"] < 3e-3 * 0.7 and all("val_loss" in line for line in log)
+    assert log[-1]["elapsed_s"] > 2.9 and all("val_loss" in line for line in log)
 
 
 def test_a_line_of_the_log():
@@ -1364,7 +1367,7 @@ def start(data, tmp_path):
     started = []
 
     def run(*args):
-        args = args or ["--data", data, *flags_of(TINY), "--minutes", 3]
+        args = args or ["--data", data, *flags_of(TINY), "--minutes", 2]
         process = launch("cram.py", "--out", tmp_path / "o", *args)
         started.append(process)
         for line in process.stdout:
