@@ -1316,16 +1316,25 @@ def export(path, folder):
         "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
         "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}, indent=2))
 
+    export_tokenizer(tokenizer, model.seq_len, folder)
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\n---\nA BERT trained from scratch by cram.py, after "
+        "arXiv 2212.14034.\n" + bool(generator) * (
+            "It says which tokens were replaced, and guesses none: AutoModelForMaskedLM loads this "
+            "folder without complaint, but what it guesses is nonsense.\n"))
+    kind = config["architectures"][0].replace("ModernBert", "AutoModel")
+    say(f"wrote {folder}: {kind}.from_pretrained({str(folder)!r}) loads it")
+
+
+def export_tokenizer(tokenizer, seq_len, folder):
     tokenizer.decoder = decoders.WordPiece()  # "un ##hash ##able" -> "unhashable"
     tokenizer.post_processor = TemplateProcessing(
         "<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1", [("<cls>", CLS), ("<sep>", SEP)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len,
         "model_input_names": ["input_ids", "attention_mask"], "pad_token": "<pad>",
         "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}))
-    kind = config["architectures"][0].replace("ModernBert", "AutoModel")
-    say(f"wrote {folder}: {kind}.from_pretrained({str(folder)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------- 8. Command line

@@ -1638,6 +1638,7 @@ def test_an_exported_model_is_the_same_in_transformers(train, command, recipe):
         assert [entry["score"] if entry["entity"] == "replaced" else 1 - entry["score"]
                 for entry in found] == pytest.approx(
                     model.replaced(ids[1:])[0, 1:-1].tolist(), abs=1e-5)
+        assert "what it guesses is nonsense" in (folder / "README.md").read_text()
         return
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     theirs.save_pretrained(train.folder / "again")
