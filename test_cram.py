@@ -1,7 +1,7 @@
 """What the three scripts promise, as tests. No network; everything runs on text made here.
 
-    pytest -q                 all, some three minutes on two idle cores
-    pytest -q -m "not slow"   half a minute
+    pytest -q                 all, six minutes on two cores
+    pytest -q -m "not slow"   the quick ones, a minute or so
     pytest -q -m cuda         the tests that need a card
 
 | promise | tests (test_...) |
