@@ -11,8 +11,7 @@ another task's data. Only dropout depends on the model, see --dropout.
 
 A step on 16 short rows is a thousand small kernels, and launching them takes longer than running
 them. On a CUDA card a whole step is therefore recorded once, as a CUDA graph, and replayed. One
-such step does not fill the card, so the trials of a task run side by side: 308 steps/s on an H200,
-where Hugging Face's Trainer makes 26.
+such step does not fill the card, so the trials of a task run side by side.
 
 A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
 glue.json is not run again. The file does not know this code: if you change it, move the file away.
