@@ -27,7 +27,6 @@ model, 8 command line.
 import argparse
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -107,8 +106,8 @@ class Settings:
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: speed and rounding only, but each model of card draws its own weights and masks
-    microbatch: int = 0  # rows per forward pass; 0: 512 on CUDA, where it is halved to fit, else 32
+    # Machine: changes speed and rounding. (Two models of card draw other numbers from one seed.)
+    microbatch: int = 0  # rows per forward pass, on CUDA halved until it fits; 0: 512, elsewhere 32
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
     compile: bool | None = None  # torch.compile; by default on for CUDA cards from Volta on
@@ -132,7 +131,7 @@ PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
 
 
 # torchrun starts a process for each GPU. All hold the same weights and go through the same steps,
-# each with its share of the rows; rank 0 prints, logs and saves. (all_sum and others: section 6)
+# each with its share of the rows; rank 0 prints, logs and saves. my_rows and all_sum: section 6.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -167,7 +166,7 @@ class CrammedBERT(nn.Module):
                                  bias=not modernbert)
         self.seq_len = seq_len
         self.objective = s.objective
-        shared, C = shared_embed is not None, s.width
+        C, shared = s.width, shared_embed is not None
         self.embed = shared_embed if shared else nn.Embedding(vocab_size, C)
         embed_C = self.embed.embedding_dim
         if modernbert:
@@ -238,19 +237,18 @@ class CrammedBERT(nn.Module):
         """What `mask_tokens` returns -> (1,): mean cross-entropy, in nats, of targets (B, M) at
         positions (B, M) of rows ids (B, T). (`Electra` needs uniform, and returns several.)
 
-        Only these positions are decoded: 6 % of all work, where decoding every position takes 20 %.
+        Decoding only these is 6 % of all work; decoding every position would be 20 %.
         """
         logits = self.decode(self.encode(ids, positions=positions))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())[None]
 
-    def replaced_logits(self, ids, attention_mask=None):
-        """Logits (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
-        x = self.head(self.encode(ids, attention_mask))
-        return (x.float() * self.score).sum(-1) + self.score_bias
-
     def replaced(self, ids, attention_mask=None):
         """Probability (B, T) that each token of ids (B, T) was replaced (--objective rtd)."""
-        return self.replaced_logits(ids, attention_mask).sigmoid()
+        return self.replaced_logits(self.head(self.encode(ids, attention_mask))).sigmoid()
+
+    def replaced_logits(self, x):
+        """Logits (B, T) that a token was replaced, of the head's output x (B, T, C)."""
+        return (x.float() * self.score).sum(-1) + self.score_bias
 
     def flops_per_token(self, decoded):
         """Floating-point operations to train on one token, forward and backward, where the
@@ -306,7 +304,7 @@ class Attention(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """GeGLU: up(x) · GELU(gate(x)). Separate matrices save concatenating their gradients."""
+    """GeGLU: up(x) · GELU(gate(x)). As one matrix, the gradients of both would be concatenated."""
 
     def __init__(self, width):
         super().__init__()
@@ -348,9 +346,14 @@ class Electra(nn.Module):
     A small generator learns to guess the masked tokens. What it guesses replaces them, and the
     discriminator, the model we want, learns to tell for *every* token whether it was replaced. A
     correct guess counts as original. Both read one embedding, which gets the gradients of both.
+
+    Where the generator guessed, the discriminator also learns which token was there, whether it was
+    replaced or not (COCO-LM, Meng et al. 2021, arXiv 2102.08473). With this, sentences classify
+    better; `decode` still refuses, as a model that has seen no <mask> fills in none.
     """
 
-    metric_names = ("loss", "loss_generator", "loss_discriminator", "found", "replaced")
+    metric_names = ("loss", "loss_generator", "loss_discriminator", "loss_correction",
+                    "found", "replaced")
 
     def __init__(self, s, vocab_size, seq_len):
         super().__init__()
@@ -362,24 +365,33 @@ class Electra(nn.Module):
             vocab_size, seq_len, shared_embed=self.discriminator.embed)
 
     def forward(self, ids, positions, targets, uniform):
-        """What `mask_tokens` returns -> (5,): the loss to minimise; its parts, which are means in
+        """What `mask_tokens` returns -> (6,): the loss to minimise; its parts, which are means in
         nats; the fractions of all tokens that were found to be replaced, and that were replaced."""
         guesses = self.generator.decode(self.generator.encode(ids, positions=positions))
         generator_loss = F.cross_entropy(guesses.flatten(0, 1), targets.flatten())
 
         sampled = sample_tokens(guesses, uniform)
         shown = ids.scatter(1, positions, sampled)
-        replaced = torch.zeros_like(ids).scatter(1, positions, (sampled != targets).long())
+        labels = torch.zeros_like(ids).scatter(1, positions, (sampled != targets).long())
 
-        logits = self.discriminator.replaced_logits(shown)
-        rtd_loss = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
-        found = (logits.detach() > 0) * replaced
+        model = self.discriminator
+        x = model.head(model.encode(shown))
+        logits = model.replaced_logits(x)
+        rtd_loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
+        corrected = F.linear(x, model.embed.weight)
+        correction_loss = F.cross_entropy(corrected.flatten(0, 1), targets.flatten())
+
+        loss = generator_loss + self.rtd_weight * rtd_loss + correction_loss
+        found = (logits.detach() > 0) * labels
         return torch.stack([
-            generator_loss + self.rtd_weight * rtd_loss, generator_loss.detach(),
-            rtd_loss.detach(), found.float().mean(), replaced.float().mean()])
+            loss, generator_loss.detach(), rtd_loss.detach(), correction_loss.detach(),
+            found.float().mean(), labels.float().mean()])
 
     def flops_per_token(self, decoded):
-        return self.generator.flops_per_token(decoded) + self.discriminator.flops_per_token(0)
+        return sum(network.flops_per_token(decoded)
+                   for network in (self.generator, self.discriminator))
 
 
 @torch.no_grad()
@@ -417,22 +429,23 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     draw = {"device": rows.device, "generator": generator}
 
     noise = torch.rand(B, T, **draw)
-    positions = noise.topk(M, dim=1).indices  # in random order: the first n_mask are random too
+    positions = noise.topk(M, dim=1).indices  # sorted by noise: the first n_mask are random too
     targets = rows.gather(1, positions)
 
     shown = targets.clone()
     shown[:, :n_mask] = MASK
     shown[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, (B, n_random), **draw)
-    return rows.scatter(1, positions, shown), positions, targets, torch.rand(B, M, **draw)
+    uniform = torch.rand(B, M, **draw)  # drawn here so that samples do not depend on the microbatch
+    return rows.scatter(1, positions, shown), positions, targets, uniform
 
 
 def mask_seed(seed, step):
-    """Seed of a step's masks. Mixed, because the CPU's generator reads the lowest 32 bits only."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1  # int64
+    """Seed of a step's masks. Hashed, as the CPU's generator reads only the lowest 32 bits."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def lr_at(progress, s):
-    """Learning rate when the fraction `progress` of the budget is spent: up, flat, down to zero.
+    """Learning rate when the fraction `progress` of the budget is spent.
 
     The paper's (config bert-o4) is lr · min(0.25 + f, 4 (1 - f)), with its peak at f = 0.75.
     """
@@ -490,7 +503,7 @@ class Muon(torch.optim.Optimizer):
             update = grad.lerp(state["momentum"], beta)  # Nesterov
             if WORLD_SIZE == 1:
                 update = orthogonalize(update)
-            else:  # each process has its matrices and zeros elsewhere, and the sum has all
+            else:  # each fills in its own matrices, with zeros elsewhere; the sum is complete
                 mine = orthogonalize(my_rows(update))
                 update = mine.new_zeros(update.shape)
                 my_rows(update).copy_(mine)
@@ -518,8 +531,8 @@ def orthogonalize(x):
 
 # ----------------------------------------------------------------------------------------- 4. Data
 
-VAL_ROWS = 4096  # validation uses the first rows of val.bin, ...
-VAL_MASK_RATE = 0.15  # ... with this fraction masked, whatever the recipe
+VAL_ROWS = 4096  # of val.bin, the first
+VAL_MASK_RATE = 0.15  # BERT's, whatever the recipe masks
 
 
 class Data:
@@ -530,38 +543,23 @@ class Data:
         if not (folder / "meta.json").exists():
             raise CramError(f"no prepared data in {folder}: name its folder with --data, or make "
                             f"it with prepare.py --out {folder}")
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
-            self.unigram_entropy = meta["unigram_entropy"]
-            self.identity = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
-            sizes = {"train.bin": meta["train_rows"], "val.bin": meta["val_rows"]}
-        except (ValueError, KeyError, TypeError):
-            raise CramError(f"{folder}/meta.json is damaged: copy it again, or delete {folder} and "
-                            "run prepare.py again") from None
+        meta = json.loads((folder / "meta.json").read_text())
+        self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
+        self.unigram_entropy = meta["unigram_entropy"]
+        self.hashes = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
-            raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
-        for name, rows in sizes.items():
+        for name, rows in (("train.bin", meta["train_rows"]), ("val.bin", meta["val_rows"])):
             size, expected = (folder / name).stat().st_size, rows * self.seq_len * 2
-            if size != expected or not rows:
+            if size != expected:
                 raise CramError(f"{folder}/{name} has {size:,} bytes and should have {expected:,}: "
                                 "copy it again, or run prepare.py again")
-        self.train, val = (np.memmap(folder / name, "<u2", "r").reshape(-1, self.seq_len)
-                           for name in sizes)
-        self.val = self.check_ids(val[:VAL_ROWS])
-
-    def check_ids(self, rows):
-        """Return the rows. Out-of-range ids would cause an obscure device-side assert on a GPU."""
-        if rows.max() >= self.vocab_size:
-            raise CramError(f"token id {rows.max()} in the data, but its tokenizer ends at "
-                            f"{self.vocab_size - 1}: run prepare.py again")
-        return rows
+        self.train, self.val = (np.memmap(folder / name, "<u2", "r").reshape(-1, self.seq_len)
+                                for name in ("train.bin", "val.bin"))
 
     def read(self, position, count, s):
         """Rows (count, T) int32 from a position of the run on."""
         numbers = row_numbers(position, count, len(self.train), s)
-        return torch.from_numpy(self.check_ids(self.train[numbers]).astype(np.int32))
+        return torch.from_numpy(self.train[numbers].astype(np.int32))
 
 
 def row_numbers(position, count, n_rows, s):
@@ -589,13 +587,11 @@ def permutation(n_rows, seed, number):
 
 
 def next_position(position, batch, rows_left, n_rows, s):
-    """Where the batch after the one at `position` begins; rows_left is what the budget still takes,
-    this batch included.
+    """Where the batch after the one at `position` begins; rows_left is how many the budget still
+    takes, this batch included.
 
     If that is less than the rest of the file, the first pass skips evenly ahead, so that a short
-    budget sees the whole curriculum. (The last fifth of the file gets up to a tenth less than its
-    share, as whole batches end before the file does; with --hours and a budget of just one pass,
-    the noise of s_per_row skips 3 % of the rows.)
+    budget sees the whole curriculum.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -604,7 +600,8 @@ def next_position(position, batch, rows_left, n_rows, s):
 
 def validation_set(data, device):
     """What `mask_tokens` returns, but the same on every machine and for every recipe."""
-    rows, rng = torch.from_numpy(data.val.astype(np.int64)), np.random.default_rng(0)
+    rows = torch.from_numpy(data.val[:VAL_ROWS].astype(np.int64))
+    rng = np.random.default_rng(0)
     M = max(1, round(VAL_MASK_RATE * data.seq_len))
     positions = torch.from_numpy(rng.random(rows.shape).argsort(1)[:, :M])
     uniform = torch.from_numpy(rng.random(positions.shape)).float()
@@ -676,7 +673,7 @@ def train(s, saved=None):
             total = total + metrics.detach()
         return total
 
-    with clock.part("compile"):  # and before a resume, as it clears the optimizers' states
+    with clock.part("compile"):
         microbatch = s.microbatch or (512 if device.type == "cuda" else 32)
         if use_compile or device.type == "cuda":
             microbatch = find_microbatch(
@@ -685,8 +682,8 @@ def train(s, saved=None):
         state = restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
-    # A thread reads the next rows while the card computes. It reads the most that a step may take,
-    # because the clock decides the batch. From pinned memory rows are copied without waiting.
+    # A thread reads the next rows while the card computes. It reads s.batch rows, the most that a
+    # step takes: the clock decides later. From pinned memory rows are copied without waiting.
     reader = ThreadPoolExecutor(1)
 
     def fetch(position):
@@ -697,7 +694,8 @@ def train(s, saved=None):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
     print_header(s, data, model, device, dtype, use_compile, microbatch)
-    log = Log(s, data, model, state, clock, progress_at(clock.elapsed()), peak_flops)
+    elapsed, = all_max(clock.elapsed())  # agreed on, or one process would validate alone
+    log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
     def log_line(elapsed, with_validation):
         val_metrics = {}
@@ -725,8 +723,8 @@ def train(s, saved=None):
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
         progress = progress_at(elapsed)
         batch, lr = batch_at(progress, s), lr_at(progress, s)
-        too_late = not s.steps and elapsed + batch * s_per_row > budget_s
-        if stopping or progress >= 1 or too_late:  # no step may finish after the deadline
+        too_late = not s.steps and elapsed + batch * s_per_row > budget_s  # if as slow as the last
+        if stopping or progress >= 1 or too_late:
             break
 
         # 3. Rows; those of the next step are read meanwhile
@@ -810,36 +808,35 @@ def train(s, saved=None):
 def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
-    Tries a step of two microbatches on rows of zeros, which also compiles the code. The optimizers
-    come first, with gradients and a learning rate of zero, so that they move no weight: their
-    states then lie in memory as they will for the rest of the run.
+    Tries two microbatches of zeros, which also compiles the code. The optimizers' states must lie
+    in memory by then, as they will for the rest of the run: a step with gradients and a learning
+    rate of zero makes them and moves no weight.
     """
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()  # AdamW counts its steps
+    model.zero_grad()
+
     while microbatch:
         out_of_memory = False
+        rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
         try:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            all_sum([p.grad for p in model.parameters()])
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = 0.0
-                optimizer.step()
-            model.zero_grad()
-            rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
-            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch)
-            nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()  # .item() waits for all
+            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch).tolist()
         except torch.OutOfMemoryError:
             out_of_memory = True
         model.zero_grad()  # not in the except clause: there the traceback holds the activations
-        for state in itertools.chain(*(optimizer.state.values() for optimizer in optimizers)):
-            for tensor in state.values():
-                tensor.zero_()
         if not all_max(out_of_memory)[0]:
             return microbatch
         say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
             "no result")
         microbatch //= 2
-        torch.compiler.reset()  # or a second size would make the compiler write code for any size
+        torch.compiler.reset()  # or the second size is compiled for any size, which is slower
         torch.cuda.empty_cache()
     raise CramError("a single row per forward pass does not fit in the card's memory")
 
@@ -896,8 +893,8 @@ class Clock:
 
 class Stop:
     """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second Ctrl-C
-    ends the process at once. (A second SIGTERM does not: a cluster and torchrun may send one each.)
-    Ignored signals stay ignored: nohup and the shell's & rely on it."""
+    ends the process at once. A second SIGTERM does not: a cluster and torchrun may send one each.
+    Ignored signals stay ignored, as nohup needs it."""
 
     def __init__(self):
         self.asked = False
@@ -946,8 +943,8 @@ def all_max(*numbers):
 
 
 def all_sum(tensors):
-    """Replace the tensors by their sums over the processes, all in one message: a compiled backward
-    pass hands over all gradients at once, so DistributedDataParallel could not send any earlier."""
+    """Replace the tensors by their sums over the processes, all in one message. A compiled backward
+    pass hands over all gradients at once, so DDP's overlap would gain nothing."""
     if WORLD_SIZE > 1:
         vector = nn.utils.parameters_to_vector(tensors)
         all_reduce(vector)
@@ -972,30 +969,25 @@ def say(text):
             sys.stdout = open(os.devnull, "w")
 
 
-@contextlib.contextmanager
 def lock_folder(out):
-    """Make the folder, and let one run at a time write there.
+    """Make the folder, and let one run at a time write there. Returns a file to keep open.
 
     The lock ends with the process, however that ends: with lockf also if a forked child lives on.
-    Nothing else may open the lock file, since closing it anywhere in this process would release the
-    lock. Windows has no such locks, and a file system without them gets a warning.
+    Windows has no such locks, and a file system without them gets a warning.
     """
-    if RANK:
-        yield
-        return
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as file:
-        try:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except (BlockingIOError, PermissionError):
-            raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
-                            "--out") from None
-        except OSError as error:
-            say(f"{out} cannot be locked ({error}): start no other run there")
-        yield
+    file = open(out / "lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except (BlockingIOError, PermissionError):
+        raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
+                        "--out") from None
+    except OSError as error:
+        say(f"{out} cannot be locked ({error}): start no other run there")
+    return file
 
 
 def check_free_disk(out, model):
@@ -1011,7 +1003,7 @@ def check_free_disk(out, model):
 
 def restore(saved, s, data, model, optimizers, scaler):
     """Put the contents of last.pt where they belong; returns the TrainState."""
-    differs = [key for key in data.identity if saved["data"][key] != data.identity[key]]
+    differs = [key for key in data.hashes if saved["data"][key] != data.hashes[key]]
     if differs:
         raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
                         + " and ".join(differs))
@@ -1031,7 +1023,7 @@ def save_run(path, s, data, state, clock, model, optimizers, scaler):
         raise CramError(f"the weights are not finite: the run has diverged, and {path} is kept as "
                         "it was. Resume it, or start again with a smaller --lr and another --out")
     save_atomic(path, {
-        "settings": asdict(s), "data": data.identity, "state": asdict(state),
+        "settings": asdict(s), "data": data.hashes, "state": asdict(state),
         "clock": clock.saved(), "model": model.state_dict(), "scaler": scaler.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
@@ -1052,7 +1044,7 @@ def save_atomic(path, content):
 
 
 def load_file(path):
-    """A dictionary that save_atomic wrote. Code that a stranger put into the file is not run."""
+    """A dictionary that save_atomic wrote. With weights_only no code in the file is run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}")
     try:
@@ -1158,7 +1150,7 @@ wall clock       {elapsed:.1f} s of {budget}
 after the clock  {time.monotonic() - clock.stopped:.1f} s for the final validation and checkpoint
 peak memory      {memory}
 exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
-training loss    {result['loss'] or math.nan:.3f}
+training loss    {result.get('loss_generator', result['loss']) or math.nan:.3f}
 validation loss  {result['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
 wrote            {Path(s.out) / 'ckpt.pt'}""")
 
@@ -1220,45 +1212,39 @@ def finished(s, data, model, result):
             **{name: network.state_dict() for name, network in networks.items()}}
 
 
-def load_finished(path, device):
-    """The model of ckpt.pt, its generator or None, both in evaluation mode, and the tokenizer."""
-    content = load_file(path)
-    if "tokenizer" not in content:
-        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
-    model = build_model(Settings(**content["settings"]), content["vocab_size"], content["seq_len"])
-    model, generator = model.to(device).eval(), None
-    if isinstance(model, Electra):
-        model, generator = model.discriminator, model.generator
-        generator.load_state_dict(content["generator"])
-    model.load_state_dict(content["model"])
-    return model, generator, Tokenizer.from_str(content["tokenizer"])
-
-
-def load_checkpoint(path, device="cpu"):
-    """The finished model, in evaluation mode, and its tokenizer.
+def load_checkpoint(path, device="cpu", generator=False):
+    """The finished model, in evaluation mode, and its tokenizer. With generator=True, of `Electra`
+    the generator instead of the discriminator.
 
         model, tokenizer = load_checkpoint("out/ckpt.pt", device="cuda")
 
     Raises CramError if the file is missing, is something else, or holds code.
     """
-    model, _, tokenizer = load_finished(path, device)
-    return model, tokenizer
+    content = load_file(path)
+    if "tokenizer" not in content:
+        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
+    model = build_model(Settings(**content["settings"]), content["vocab_size"], content["seq_len"])
+    name = "model"
+    if isinstance(model, Electra):
+        model, name = (model.generator, "generator") if generator else (model.discriminator, name)
+    model.load_state_dict(content[name])
+    return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 
 
 @torch.no_grad()
 def fill(path, text, device):
     """Print the five likeliest tokens for each <mask> of the text; for a text without, if the model
     has learned that, the probability of each word to be a replaced one."""
-    model, generator, tokenizer = load_finished(path, device)
+    model, tokenizer = load_checkpoint(path, device, generator="<mask>" in text)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = torch.tensor([[CLS, *encoding.ids, SEP]], device=device)
     if MASK in encoding.ids:
-        for logits in (generator or model).logits(ids)[ids == MASK]:
+        for logits in model.logits(ids)[ids == MASK]:
             best = logits.softmax(0).topk(5)
             say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in zip(
                 best.values.tolist(), best.indices.tolist())))
-    elif generator:
-        words = {}  # of several pieces of a word the likeliest counts
+    elif model.objective == "rtd":
+        words = {}  # a word is as suspicious as its most suspicious piece
         for word, p in zip(encoding.word_ids, model.replaced(ids)[0, 1:-1].tolist()):
             words[word] = max(p, words.get(word, 0.0))
         for word, p in words.items():
@@ -1273,7 +1259,8 @@ def export(path, folder):
 
     Raises CramError if it is not of that architecture, or the folder is not empty.
     """
-    model, generator, tokenizer = load_finished(path, "cpu")
+    model, tokenizer = load_checkpoint(path)
+    is_rtd = model.objective == "rtd"
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
@@ -1294,7 +1281,7 @@ def export(path, folder):
         weights |= {f"{layer}{name}.weight": torch.cat([module.weight for module in modules])
                     for name, modules in joined.items() if modules}
     config = {"architectures": ["ModernBertForMaskedLM"]}
-    if generator:  # softmax of (0, z) is the sigmoid of z
+    if is_rtd:  # softmax of (0, z) is the sigmoid of z
         weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
         weights["classifier.bias"] = F.pad(model.score_bias, (1, 0))
         config = {"architectures": ["ModernBertForTokenClassification"],
@@ -1319,7 +1306,7 @@ def export(path, folder):
     export_tokenizer(tokenizer, model.seq_len, folder)
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\n---\nA BERT trained from scratch by cram.py, after "
-        "arXiv 2212.14034.\n" + bool(generator) * (
+        "arXiv 2212.14034.\n" + is_rtd * (
             "It says which tokens were replaced, and guesses none: AutoModelForMaskedLM loads this "
             "folder without complaint, but what it guesses is nonsense.\n"))
     kind = config["architectures"][0].replace("ModernBert", "AutoModel")
@@ -1434,23 +1421,22 @@ def main():
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
     out = Path(given.get("out", Settings.out))
     if text is not None or folder is not None:
-        if RANK == 0 and text is not None:
-            device, _, _ = find_device(given.get("device", "cpu"), "fp32")
-            fill(out / "ckpt.pt", text, device)
-        elif RANK == 0:
+        if text is not None and RANK == 0:
+            fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
+        if folder is not None and RANK == 0:
             export(out / "ckpt.pt", folder)
         return
 
     if resume and not (out / "last.pt").exists():
         raise CramError(f"there is no {out}/last.pt to resume")
     s = None if resume else resolve_settings(given)  # a wrong flag leaves no folder behind
-    with lock_folder(out):
-        saved = load_file(out / "last.pt") if resume else None
-        if resume:
-            s = resolve_settings({**given, "out": str(out)}, saved)  # out may have been moved
-        elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
-            raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
-        train(s, saved)
+    lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
+    saved = load_file(out / "last.pt") if resume else None
+    if resume:
+        s = resolve_settings({**given, "out": str(out)}, saved)  # out may have been moved
+    elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
+        raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
+    train(s, saved)
     if dist.is_initialized():
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
