@@ -153,36 +153,36 @@ class CrammedBERT(nn.Module):
     attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
     at the entrance of the first block (the embedding's norm is there), a head before the decoder.
 
-    With shared_embed (the generator of `Electra`) the embedding is that of a wider model: `project`
-    maps it to C channels, and the head maps back.
+    The generator of `Electra` is given the embedding of a wider model, of E channels: `project` maps
+    them to C, and the head maps back.
     """
 
     metric_names = ("loss",)  # of what forward returns; the first is minimised
 
-    def __init__(self, s, vocab_size, seq_len, shared_embed=None):
+    def __init__(self, s, vocab_size, seq_len, embed=None):
         super().__init__()
         self.modernbert = modernbert = s.model == "modernbert"
         norm = functools.partial(nn.LayerNorm, eps=1e-5 if modernbert else 1e-12,
                                  bias=not modernbert)
         self.seq_len = seq_len
         self.objective = s.objective
-        C, shared = s.width, shared_embed is not None
-        self.embed = shared_embed if shared else nn.Embedding(vocab_size, C)
-        embed_C = self.embed.embedding_dim
+        C = s.width
+        self.embed = nn.Embedding(vocab_size, C) if embed is None else embed
+        E = self.embed.embedding_dim
         if modernbert:
             self.register_buffer("rope", rope_table(seq_len, C // s.heads), persistent=False)
         else:
             self.position_scale = nn.Parameter(torch.empty(()))
             self.register_buffer("sinusoid", sinusoid(seq_len, C), persistent=False)
-        self.project = nn.Linear(embed_C, C, bias=False) if shared else nn.Identity()
+        self.project = nn.Identity() if E == C else nn.Linear(E, C, bias=False)
         self.embed_norm = norm(C)
         self.dropout = nn.Dropout(0.0)  # off in pretraining; finetune_glue.py turns it on
         self.blocks = nn.ModuleList(Block(C, s.heads, norm) for _ in range(s.layers))
         if modernbert:
             self.blocks[0].norm1 = nn.Identity()
         self.final_norm = norm(C)
-        self.head = (nn.Sequential(nn.Linear(C, embed_C, bias=False), nn.GELU(), norm(embed_C))
-                     if modernbert or shared else nn.Identity())
+        self.head = (nn.Sequential(nn.Linear(C, E, bias=False), nn.GELU(), norm(E))
+                     if modernbert or E != C else nn.Identity())
         if s.objective == "rtd":
             self.score = nn.Parameter(torch.empty(C))
             self.score_bias = nn.Parameter(torch.empty(1))
@@ -362,7 +362,7 @@ class Electra(nn.Module):
         self.generator = CrammedBERT(
             replace(s, objective="mlm", layers=s.generator_layers, width=s.generator_width,
                     heads=s.generator_width // 64 or 1),
-            vocab_size, seq_len, shared_embed=self.discriminator.embed)
+            vocab_size, seq_len, embed=self.discriminator.embed)
 
     def forward(self, ids, positions, targets, uniform):
         """What `mask_tokens` returns -> (6,): the loss to minimise; its parts, which are means in
@@ -713,7 +713,7 @@ def train(s, saved=None):
         rows_planned = state.rows + sum(
             batch_at(k / s.steps, s) for k in range(state.step, s.steps))
     fetched = reader.submit(fetch, state.position)
-    skipped_in_a_row, saved_at = 0, time.monotonic()
+    first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
@@ -732,8 +732,10 @@ def train(s, saved=None):
         rows = fetched.result()[:batch]
         if s.steps:
             rows_left = rows_planned - state.rows
-        else:  # the first step does not know its speed, and skips nothing
-            rows_left = (budget_s - elapsed) / s_per_row if s_per_row else math.inf
+        elif state.step < first_step + 2:  # the first step may compile: its speed says nothing
+            rows_left = math.inf
+        else:
+            rows_left = (budget_s - elapsed) / s_per_row
         position = next_position(state.position, batch, rows_left, len(data.train), s)
         fetched = reader.submit(fetch, position)
 
