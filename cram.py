@@ -82,7 +82,7 @@ class Settings:
     # Objective
     objective: str = "mlm"  # mlm: masked language modelling; rtd: replaced-token detection
     generator_layers: int = 6  # rtd: blocks of the generator, which proposes the replacements
-    generator_width: int = 256  # rtd: its channels, in heads of 64
+    generator_width: int = 256  # rtd: its channels, in heads of 64 or, below 128, in one
     rtd_weight: float = 50.0  # rtd: weight of the discriminator's loss (ELECTRA)
 
     # Optimization: paper section 4.3
@@ -361,7 +361,7 @@ class Electra(nn.Module):
         self.discriminator = CrammedBERT(s, vocab_size, seq_len)
         self.generator = CrammedBERT(
             replace(s, objective="mlm", layers=s.generator_layers, width=s.generator_width,
-                    heads=s.generator_width // 64 or 1),
+                    heads=generator_heads(s)),
             vocab_size, seq_len, embed=self.discriminator.embed)
 
     def forward(self, ids, positions, targets, uniform):
@@ -392,6 +392,10 @@ class Electra(nn.Module):
     def flops_per_token(self, decoded):
         return sum(network.flops_per_token(decoded)
                    for network in (self.generator, self.discriminator))
+
+
+def generator_heads(s):
+    return max(1, s.generator_width // 64)
 
 
 @torch.no_grad()
@@ -1354,11 +1358,9 @@ def check(s):
             value = getattr(s, name)
             if not holds(value):
                 raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
-    if s.width % (2 * s.heads):
-        raise CramError(f"--width {s.width} must be an even multiple of --heads {s.heads}")
-    if s.generator_width % min(64, s.generator_width + s.generator_width % 2):
-        raise CramError(f"--generator-width {s.generator_width} must be a multiple of 64, or even "
-                        "and below 64")
+    for width, heads in ((s.width, s.heads), (s.generator_width, generator_heads(s))):
+        if width % (2 * heads):
+            raise CramError(f"a width of {width} must be an even multiple of its {heads} heads")
 
 
 def resolve_settings(given, saved=None):
