@@ -124,9 +124,7 @@ class Split(NamedTuple):
 
 def read_split(name, split, folder):
     """The rows of a split: <folder>/<task>/<split>.jsonl or .jsonl.xz, or the hub's nyu-mll/glue.
-
-    Raises CramError or OSError if they cannot be read or are not what the task needs.
-    """
+    Raises CramError or OSError if they cannot be read or are not what the task needs."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -243,12 +241,6 @@ class Classifier(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
-    def init_head(self):
-        """Draw new weights for both layers, in the same tensors."""
-        for linear in (self.pool, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-
     def forward(self, ids, attention_mask):
         """ids (B, T), attention_mask (B, T) False at padding -> logits (B, classes)."""
         first = self.bert.encode(ids, attention_mask)[:, 0]
@@ -317,7 +309,9 @@ class Trial:
         self.model.bert.load_state_dict(bert.state_dict())
         if scratch:
             self.model.bert.init_weights()
-        self.model.init_head()
+        for linear in (self.model.pool, self.model.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
@@ -405,7 +399,8 @@ class Trial:
 
 
 def run_trials(trials, bar):
-    """Run trials of one task side by side. Early on, say how long all that the bar counts takes."""
+    """Run trials of one task side by side. After the first of their steps, say how long those of
+    all tasks will take; compiling, recording and evaluation are not in it."""
     steps = len(trials[0].lengths)  # the same number for all
     for k in range(steps):
         for trial in trials:
@@ -416,7 +411,7 @@ def run_trials(trials, bar):
         if k == 50:
             left = bar.format_dict["elapsed"] * (bar.total / bar.n - 1)
             bar.clear()
-            print(f"{tqdm.format_interval(left)} left", flush=True)
+            print(f"about {tqdm.format_interval(left)} left for the steps of all tasks", flush=True)
 
 
 # -------------------------------------------------------------------------------- 6. Results
@@ -429,11 +424,10 @@ def update_results(path, key=None, scores=None):
     read again, as another command may have written."""
     try:
         results = json.loads(path.read_text()) if path.exists() else []
-        is_ours = all("scores" in result for result in results)
+        if not all("scores" in result for result in results):
+            raise ValueError
     except (ValueError, TypeError):
-        is_ours = False
-    if not is_ours:
-        raise CramError(f"{path} is not a results file of this version: move it away")
+        raise CramError(f"{path} is not a results file of this version: move it away") from None
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
