@@ -258,7 +258,7 @@ def lr_at(step, steps, peak):
 # -------------------------------------------------------------------------------- 5. A trial
 
 COMPILE_ROWS = 50_000  # training rows from which compiling pays, some seconds for each length
-FIXED = 16  # the progress bar counts padded lengths, and for the optimizer so much more a step
+FIXED = 16  # the progress bar counts the padded length of each step, plus this for the optimizer
 
 
 def trials_at_once(model, device, dtype, batch_size):
