@@ -15,8 +15,6 @@ such step does not fill the card, so the trials of a task run side by side.
 
 A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
 glue.json is not run again. The file does not know this code: if you change it, move the file away.
-
-Read from the top: tasks, metrics, data, classifier, a trial, results, the command.
 """
 
 import argparse
@@ -29,7 +27,6 @@ import lzma
 import math
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -49,9 +46,9 @@ class Task(NamedTuple):
     columns: tuple  # of the text: one sentence, or a pair
     labels: tuple  # names of labels 0, 1, ...; empty: regression on 0 to 5
     metric: str  # one of METRICS
-    train_rows: int | None = None  # of the official training set; another number is a subset
+    train_rows: int | None = None  # of GLUE's training set; another number is a subset
     test: dict = {}  # split -> the GLUE server's name of its file
-    validation: dict = {"validation": ()}  # split -> published: no pretraining, crammed v2, BERT
+    validation: tuple = ("validation",)  # splits
 
 
 PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
@@ -63,33 +60,29 @@ ENTAILMENT = ("entailment", "not_entailment")
 TASKS = {
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
                  392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
-                 {"validation_matched": (34.1, 84.1, 83.2),
-                  "validation_mismatched": (34.1, 84.6, 83.4)}),
-    "sst2": Task(("sentence",), BINARY, "accuracy", 67_349, {"test": "SST-2"},
-                 {"validation": (79.9, 92.0, 91.9)}),
-    "stsb": Task(PAIR, (), "pearson", 5_749, {"test": "STS-B"}, {"validation": (17.8, 87.4, 86.7)}),
-    "rte": Task(PAIR, ENTAILMENT, "accuracy", 2_490, {"test": "RTE"},
-                {"validation": (47.3, 58.5, 59.2)}),
-    "qnli": Task(("question", "sentence"), ENTAILMENT, "accuracy", 104_743, {"test": "QNLI"},
-                 {"validation": (50.0, 90.2, 90.6)}),
-    "qqp": Task(("question1", "question2"), BINARY, "f1", 363_846, {"test": "QQP"},
-                {"validation": (68.6, 87.5, 87.7)}),
-    "mrpc": Task(PAIR, BINARY, "f1", 3_668, {"test": "MRPC"}, {"validation": (77.9, 88.9, 89.3)}),
-    "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"},
-                 {"validation": (0.0, 53.3, 56.5)}),
+                 ("validation_matched", "validation_mismatched")),
+    "sst2": Task(("sentence",), BINARY, "accuracy", 67_349, {"test": "SST-2"}),
+    "stsb": Task(PAIR, (), "pearson", 5_749, {"test": "STS-B"}),
+    "rte": Task(PAIR, ENTAILMENT, "accuracy", 2_490, {"test": "RTE"}),
+    "qnli": Task(("question", "sentence"), ENTAILMENT, "accuracy", 104_743, {"test": "QNLI"}),
+    "qqp": Task(("question1", "question2"), BINARY, "f1", 363_846, {"test": "QQP"}),
+    "mrpc": Task(PAIR, BINARY, "f1", 3_668, {"test": "MRPC"}),
+    "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"}),
 }
-EIGHT = [name for name, task in TASKS.items() if all(task.validation.values())]  # --task all
+EIGHT = [name for name, task in TASKS.items() if task.train_rows]  # --task all
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
-MAX_LENGTH = 128  # tokens of an example: cuts 12 % of RTE's pairs, 0.3 % of MNLI's
-BUCKET = 32  # batches are padded to a multiple of it: four lengths to record, for two kinds of
-#              block the eight codes that torch.compile keeps at most (recompile_limit)
-BAR_S = 0.1 if sys.stderr.isatty() else 10  # seconds between updates of the progress bar
+# Crammed v2 on the validation sets, the best of 5 runs of 24 h on an A6000 (arXiv 2212.14034)
+PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87.4, "rte": 58.5,
+         "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
+
+MAX_LENGTH = 128  # tokens of an example
+BUCKET = 32  # batches are padded to a multiple of it. Two kinds of block in four lengths are the
+#              eight codes that torch.compile keeps (recompile_limit)
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
-# Each takes predictions and labels (N,). Where a formula would divide by zero the score is 0, as is
-# the convention.
+# Each takes predictions and labels (N,). Where a formula divides by zero the score is 0.
 
 
 def accuracy(predicted, labels):
@@ -111,10 +104,10 @@ def matthews(predicted, labels):
 def pearson(predicted, labels):
     """Linear correlation."""
     x, y = predicted.astype(float), labels.astype(float)
-    tiny = 1e-12 * (1 + np.abs(x).max() * np.abs(y).max())  # less is rounding
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
     x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())
-    return float((x * y).sum() / scale) if scale > tiny else 0.0
+    return float((x * y).sum() / (np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())))
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson}
@@ -130,10 +123,8 @@ class Split(NamedTuple):
 
 
 def read_split(name, split, folder):
-    """The rows of a split: of <folder>/<task>/<split>.jsonl[.xz], or of the hub without a folder.
-
-    Raises CramError if they cannot be read, or if one of them is not what the task needs.
-    """
+    """The rows of a split: <folder>/<task>/<split>.jsonl or .jsonl.xz, or the hub's nyu-mll/glue.
+    Raises CramError or OSError if they cannot be read or are not what the task needs."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -141,46 +132,39 @@ def read_split(name, split, folder):
         try:
             rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
         except Exception as error:  # the hub's client raises whatever its HTTP library does
-            raise CramError(
-                f"cannot load {where} from the Hugging Face hub ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}). Without a network, give --data") from None
+            raise CramError(f"cannot load {where} from the Hugging Face hub; without a network, "
+                            f"give --data. {type(error).__name__}: {error}") from None
     else:
-        where = Path(folder) / name / f"{split}.jsonl"
+        where, opened = Path(folder, name, f"{split}.jsonl"), open
         if not where.exists():
-            where = where.with_suffix(".jsonl.xz")
+            where, opened = where.with_suffix(".jsonl.xz"), lzma.open
         try:
-            opened = lzma.open if where.suffix == ".xz" else open
             with opened(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
                 rows = [json.loads(line) for line in f if line.strip()]
-        except FileNotFoundError:
-            raise CramError(f"no {split}.jsonl or {split}.jsonl.xz in {where.parent}") from None
         except (ValueError, EOFError, lzma.LZMAError) as error:
             raise CramError(f"{where} cannot be read: {error}") from None
-
-    if not rows:
-        raise CramError(f"{where} has no rows")
-    for number, row in enumerate(rows):
-        if problem := find_problem(row, number, TASKS[name], split):
-            raise CramError(f"{where}, row {number + 1}: {problem}")
+    check_rows(rows, TASKS[name], split in TASKS[name].test, where)
     return rows
 
 
-def find_problem(row, number, task, split):
-    """What is wrong with row `number` of a split, or None. A test split needs no label, but its idx
-    must count from 0: the GLUE server goes by it."""
-    is_test = split in task.test
-    needed = task.columns if is_test else (*task.columns, "label")
-    if not isinstance(row, dict) or not set(needed) <= set(row):
-        return f"needs the columns {' and '.join(needed)}"
-    if not all(isinstance(row[column], str) for column in task.columns):
-        return "the text is not a string"
-    if is_test:
-        idx = row.get("idx", number)
-        return None if idx == number else f"idx is {idx!r}, not {number}"
-    label, top = row["label"], len(task.labels) - 1 if task.labels else 5
-    if not isinstance(label, (int, float)) or not 0 <= label <= top or (
-            task.labels and label != int(label)):
-        return f"label {label!r} is not from 0 to {top}"
+def check_rows(rows, task, is_test, where):
+    """Raise CramError for rows that are not what the task needs; the first of them is shown."""
+    top = len(task.labels) - 1 if task.labels else 5
+    needs = f"{' and '.join(task.columns)} as text, " + (
+        "idx counting from 0, as the GLUE server goes by it" if is_test else
+        f"a label from 0 to {top}")
+    if not rows:
+        raise CramError(f"{where} has no rows")
+    for i, row in enumerate(rows):
+        good = isinstance(row, dict) and all(isinstance(row.get(c), str) for c in task.columns)
+        if good and is_test:
+            good = row.get("idx", i) == i
+        elif good:
+            label = row.get("label")
+            good = isinstance(label, (int, float)) and 0 <= label <= top and (
+                not task.labels or label == int(label))
+        if not good:
+            raise CramError(f"{where}, row {i + 1}, needs {needs}: {json.dumps(row)[:200]}")
 
 
 def load_task(name, args, tokenizer, device):
@@ -194,14 +178,20 @@ def load_task(name, args, tokenizer, device):
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
                     for parts in zip(*tokens)]
-        lengths = np.array([min(math.ceil(len(example) / BUCKET) * BUCKET, args.max_length)
-                            for example in examples])
+        lengths = np.array([math.ceil(len(example) / BUCKET) * BUCKET for example in examples])
+        lengths = lengths.clip(max=args.max_length)
         ids = np.full((len(rows), lengths.max()), PAD, np.int32)
         for row, example in zip(ids, examples):
             row[: len(example)] = example
         labels = torch.tensor(labels, dtype=torch.int64 if task.labels else torch.float32)
         splits[split] = Split(torch.from_numpy(ids).to(device), labels.to(device), lengths)
-    return splits, sha256(json.dumps(content))
+
+    rows = len(splits["train"].ids)
+    if rows < args.batch_size:
+        raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
+    if task.train_rows not in (None, rows):
+        print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
+    return splits, sha256(json.dumps(content).encode())
 
 
 def build_example(parts, max_length):
@@ -212,15 +202,12 @@ def build_example(parts, max_length):
     return [CLS] + [token for ids in parts for token in (*ids, SEP)]
 
 
-def epoch_batches(split, seed, epochs, batch_size):
+def epoch_batches(split, seed, args):
     """The row numbers (steps, B) of each step of a trial, and the length (steps,) it is padded to.
-
-    Each row once an epoch, in random order; the last, smaller batch of an epoch is dropped.
-    """
-    shuffle, N = np.random.default_rng(seed), len(split.lengths)
-    rows = np.concatenate([
-        shuffle.permutation(N)[: N // batch_size * batch_size] for _ in range(epochs)])
-    rows = rows.reshape(-1, batch_size)
+    Each row comes once an epoch, in random order, but the last, smaller batch is dropped."""
+    shuffle, N, B = np.random.default_rng(seed), len(split.lengths), args.batch_size
+    rows = [shuffle.permutation(N)[: N // B * B] for _ in range(args.epochs)]
+    rows = np.concatenate(rows).reshape(-1, B)
     return rows, split.lengths[rows].max(1)
 
 
@@ -231,7 +218,7 @@ def read_batch(split, chosen, T):
 
 
 def sha256(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 # -------------------------------------------------------------------------------- 4. Classifier
@@ -254,12 +241,6 @@ class Classifier(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
-    def init_head(self):
-        """Draw new weights for both layers, in the same tensors."""
-        for linear in (self.pool, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-
     def forward(self, ids, attention_mask):
         """ids (B, T), attention_mask (B, T) False at padding -> logits (B, classes)."""
         first = self.bert.encode(ids, attention_mask)[:, 0]
@@ -267,10 +248,7 @@ class Classifier(nn.Module):
 
 
 def lr_at(step, steps, peak):
-    """Linear warm-up over the first 10 % of the task's own steps, then a cosine to zero.
-
-    The original code kept the first task's warm-up for all later ones, a bug.
-    """
+    """Linear warm-up over the first 10 % of the task's own steps, then a cosine to zero."""
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -279,13 +257,13 @@ def lr_at(step, steps, peak):
 
 # -------------------------------------------------------------------------------- 5. A trial
 
-COMPILE_ROWS = 50_000  # training rows from which compiling pays, 3 to 6 s for each length (H200)
+COMPILE_ROWS = 50_000  # training rows from which compiling pays, some seconds for each length
+FIXED = 16  # the progress bar counts the padded length of each step, plus this for the optimizer
 
 
 def trials_at_once(model, device, dtype, batch_size):
-    """How many trials run side by side: as many as fit in memory, at most eight (on an H200 3 %
-    faster than five). A trial is assumed to need 40 bytes per parameter in bf16: 16 for weight,
-    gradient and two moments, 24 for the activations of 16 rows. We measured 31 in all."""
+    """How many trials run side by side: as many as fit in memory, at most eight. A parameter takes
+    16 bytes for weight, gradient and two moments, and in bf16 24 for the activations of 16 rows."""
     if device.type != "cuda":
         return 1
     bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)
@@ -304,7 +282,7 @@ class Trial:
 
     def __init__(self, bert, task, train, seed, dtype, args):
         self.task, self.train, self.device = task, train, train.ids.device
-        rows, lengths = epoch_batches(train, seed, args.epochs, args.batch_size)
+        rows, lengths = epoch_batches(train, seed, args)
         self.rows, self.lengths = torch.from_numpy(rows).to(self.device), lengths.tolist()
         self.lrs = torch.tensor([lr_at(k, len(rows), args.lr) for k in range(len(rows))],
                                 device=self.device)
@@ -331,7 +309,9 @@ class Trial:
         self.model.bert.load_state_dict(bert.state_dict())
         if scratch:
             self.model.bert.init_weights()
-        self.model.init_head()
+        for linear in (self.model.pool, self.model.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
@@ -418,14 +398,20 @@ class Trial:
                 for split in self.task.validation}
 
 
-def run_trials(trials, report):
-    """Run trials of one task side by side; calls report() after each step."""
-    for k in range(len(trials[0].lengths)):  # the same number for all
+def run_trials(trials, bar):
+    """Run trials of one task side by side. After the first of their steps, say how long those of
+    all tasks will take; compiling, recording and evaluation are not in it."""
+    steps = len(trials[0].lengths)  # the same number for all
+    for k in range(steps):
         for trial in trials:
             trial.run_step(k)
-            report()
-    if trials[0].use_graphs:
-        torch.cuda.synchronize()
+            bar.update(trial.lengths[k] + FIXED)
+        if k in (50, steps - 1) and trials[0].use_graphs:
+            torch.cuda.synchronize()
+        if k == 50:
+            left = bar.format_dict["elapsed"] * (bar.total / bar.n - 1)
+            bar.clear()
+            print(f"about {tqdm.format_interval(left)} left for the steps of all tasks", flush=True)
 
 
 # -------------------------------------------------------------------------------- 6. Results
@@ -433,28 +419,23 @@ def run_trials(trials, report):
 # key that identifies it; {scores, torch, card} are recorded beside it and never compared.
 
 
-def read_results(path):
-    """The results in glue.json; none if there is no such file."""
+def update_results(path, key=None, scores=None):
+    """Read glue.json, replace or add a trial's scores, and write it: all results. Each time it is
+    read again, as another command may have written."""
     try:
         results = json.loads(path.read_text()) if path.exists() else []
-        if all({"task", "seed", "data", "rows", "scores"} <= result.keys() for result in results):
-            return results
-    except (ValueError, TypeError, AttributeError):
-        pass
-    raise CramError(f"{path} is not a results file of this version: move it away")
-
-
-def is_finished(key, results):
-    return any(key.items() <= result.items() for result in results)
-
-
-def save_result(path, key, scores):
-    """Add a result to glue.json, in the place of an older one of the same trial."""
-    results = read_results(path)  # read again: another command may have written
-    results = [result for result in results if not is_finished(key, [result])]
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    results.append({**key, "scores": scores, "torch": torch.__version__, "card": card})
-    write_atomic(path, "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+        if not all("scores" in result for result in results):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise CramError(f"{path} is not a results file of this version: move it away") from None
+    if key:
+        results = [result for result in results if not key.items() <= result.items()]
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        results.append({**key, "scores": scores, "torch": torch.__version__, "card": card})
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    os.replace(part, path)  # an interrupt leaves the old file or the new one
+    return results
 
 
 def write_test_files(folder, trial, splits):
@@ -467,38 +448,27 @@ def write_test_files(folder, trial, splits):
     folder.mkdir(exist_ok=True)
     for file, lines in files.items():
         rows = "".join(f"{i}\t{line}\n" for i, line in enumerate(lines))
-        write_atomic(folder / f"{file}.tsv", "index\tprediction\n" + rows)
-
-
-def write_atomic(path, text):
-    """Save atomically: temporary file, rename."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(text.encode())  # bytes: Windows would change the line ends
-    os.replace(part, path)
+        (folder / f"{file}.tsv").write_text("index\tprediction\n" + rows, newline="\n")
 
 
 def print_table(results):
-    """Median and spread of each task's trials, beside published scores. Expects results of one
+    """Median and spread of each task's trials, beside the paper's scores. Expects results of one
     checkpoint and one set of settings; if a task's data changed, only the newest data counts."""
-    print(f"\n{'':56}published: arXiv 2212.14034\n{'task':16} {'metric':8} median  lowest highest "
-          "trials  no pretr. crammed v2  BERT-base")
-    rows, note = {}, ""  # {(task, split): (ours, *published)}, the nine that the paper averages
+    print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
+    medians, note = {}, ""
     for name, task in TASKS.items():
         trials = [result for result in results if result["task"] == name]
         trials = [result for result in trials if result["data"] == trials[-1]["data"]]
-        for split, published in task.validation.items() if trials else ():
+        for split in task.validation if trials else ():
+            row = name + split.removeprefix("validation").replace("_", "-")
             scores = [result["scores"][split] for result in trials]
             subset = "  subset" * (task.train_rows not in (None, trials[0]["rows"]))
-            print(f"{name + split.removeprefix('validation').replace('_', '-'):16} "
-                  f"{task.metric:8} {np.median(scores):6.1f} {min(scores):7.1f} {max(scores):7.1f} "
-                  f"{len(scores):6}" + "".join(f"{x:11.1f}" for x in published) + subset)
-            if published:
-                rows[name, split], note = (np.median(scores), *published), note or subset
-    if {name for name, _ in rows} == set(EIGHT):
-        ours, *theirs = np.mean(list(rows.values()), axis=0)
-        print(f"{'average of nine':25} {ours:6.1f}{'':23}"
-              + "".join(f"{x:11.1f}" for x in theirs) + note)
-    print("published on the validation sets; crammed v2: the best of 5 runs of 24 h on an A6000")
+            medians[row], note = np.median(scores), note or subset
+            print(f"{row:16} {task.metric:8} {medians[row]:6.1f} {min(scores):7.1f} "
+                  f"{max(scores):7.1f} {len(scores):6} {PAPER.get(row, ''):6}{subset}")
+    if PAPER.keys() <= medians.keys():
+        ours, papers = np.mean([medians[row] for row in PAPER]), np.mean([*PAPER.values()])
+        print(f"{'average of nine':25} {ours:6.1f}{'':23} {papers:6.1f}{note}")
 
 
 # -------------------------------------------------------------------------------- 7. The command
@@ -527,30 +497,22 @@ def parse_arguments():
         "predictions of the test splits, for the GLUE server")
     add("--device", default="auto", help="auto, cuda, mps or cpu" + default)
     args = parser.parse_args()
-    if not min(args.trials, args.epochs, args.batch_size, args.lr) > 0:
-        parser.error("--trials, --epochs, --batch-size and --lr must be positive")
-    if not 0 <= (args.dropout or 0) < 1:
-        parser.error("--dropout must be from 0 to below 1")
-    if not 0 <= args.seed < 2**31:
-        parser.error("--seed must be from 0 to 2**31 - 1")
+    if not (min(args.trials, args.epochs, args.batch_size, args.lr) > 0
+            and 0 <= (args.dropout or 0) < 1 and 0 <= args.seed < 2**31):
+        parser.error("--trials, --epochs, --batch-size and --lr must be positive, --dropout from 0 "
+                     "to below 1, --seed from 0 to 2**31 - 1")
     return args
 
 
-def plan_trials(names, data, args, common, results, at_once):
+def plan_trials(data, args, common, results, at_once):
     """[(task, keys of trials to run side by side)] for all trials without a result; with --test
-    also for the first. Says which training sets are subsets."""
+    also for the first."""
     groups = []
-    for name in names:
-        splits, digest = data[name]
-        rows, official = len(splits["train"].ids), TASKS[name].train_rows
-        if rows < args.batch_size:
-            raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
-        if official not in (None, rows):
-            print(f"{name}: a subset, {rows:,} training rows, not the official {official:,}")
-        keys = [{"task": name, "seed": args.seed + i, **common, "data": digest, "rows": rows}
-                for i in range(args.trials)]
-        todo = [key for key in keys if not is_finished(key, results)
-                or (args.test and key is keys[0])]
+    for name, (splits, digest) in data.items():
+        keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
+                 "rows": len(splits["train"].ids)} for i in range(args.trials)]
+        todo = [key for key in keys if (args.test and key is keys[0])
+                or not any(key.items() <= result.items() for result in results)]
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
         groups += [(name, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
@@ -572,31 +534,30 @@ def main():
               "settings": {name: getattr(args, name) for name in settings}}
 
     # Everything that can be wrong with files is found before the first step
-    out = Path(args.out or Path(args.ckpt).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    path = out / "glue.json"
-    # A folder for each checkpoint, settings and seed: the server never gets a mixture
-    test_folder = out / f"glue_test_{sha256(json.dumps([common, args.seed]))[:8]}"
-    results = read_results(path)
-    names = [name for name in TASKS
-             if name in args.task or ("all" in args.task and name in EIGHT)]
-    data = {name: load_task(name, args, tokenizer, device) for name in names}
-    groups = plan_trials(names, data, args, common, results,
+    path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = update_results(path)
+    names = [*args.task, *(EIGHT if "all" in args.task else ())]
+    data = {name: load_task(name, args, tokenizer, device) for name in TASKS if name in names}
+    groups = plan_trials(data, args, common, results,
                          trials_at_once(bert, device, dtype, args.batch_size))
+    # A folder for each checkpoint, settings and seed: the server never gets a mixture
+    test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
 
-    steps = sum(len(keys) * (keys[0]["rows"] // args.batch_size) for _, keys in groups)
-    bar = tqdm(total=steps * args.epochs, unit=" steps", mininterval=BAR_S, disable=not groups)
+    work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + FIXED).sum()
+               for name, keys in groups for key in keys)
+    bar = tqdm(total=int(work), disable=not groups, mininterval=0.1 if sys.stderr.isatty() else 10,
+               bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
     for name, keys in groups:
         task, splits = TASKS[name], data[name][0]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
-        bar.unpause()  # the speed, and the time left, without compiling and recording
-        run_trials(trials, bar.update)
+        bar.unpause()  # the time left is without compiling and recording
+        run_trials(trials, bar)
         bar.clear()
         for trial, key in zip(trials, keys):
             scores = trial.scores(splits)
-            save_result(path, key, scores)
+            update_results(path, key, scores)
             print(f"{name} seed {key['seed']}: {task.metric} "
                   + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
             if args.test and key["seed"] == args.seed:  # chosen before its score was known
@@ -605,7 +566,7 @@ def main():
         gc.collect()  # compiled models refer to themselves; the next trials need their memory
         torch.cuda.empty_cache()
     bar.close()
-    print_table([result for result in read_results(path) if common.items() <= result.items()])
+    print_table([result for result in update_results(path) if common.items() <= result.items()])
     print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 
