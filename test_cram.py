@@ -871,11 +871,15 @@ def test_padding_and_decoding_only_some_positions_change_nothing(kind):
 @BOTH
 def test_dropout_only_in_fine_tuning(kind):
     """After the embedding, in attention, after attention and FFN, before the last layer."""
-    ids, plain = torch.randint(50, (2, 16)), model_of(kind).train()
+    ids, plain, calls = torch.randint(50, (2, 16)), model_of(kind).train(), []
     assert torch.equal(plain.encode(ids), plain.encode(ids))
     tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
     places = [module for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
     assert [place.p for place in places] == [0.3] * (1 + 2 * 2 + 1)
+    for place in places:
+        place.register_forward_hook(lambda *_: calls.append(1))
+    tuned(ids, None)
+    assert len(calls) == 1 + 2 * 2 + 1  # a block's is called twice, attention's by its kernel
     for place in places:
         for other in places:
             other.p = 0.3 * (other is place)
