@@ -1,7 +1,7 @@
 """What the three scripts promise, as tests. No network; everything runs on text made here.
 
-    pytest -q                 all, six minutes on two cores
-    pytest -q -m "not slow"   the quick ones, a minute or so
+    pytest -q                 all, three minutes on two cores
+    pytest -q -m "not slow"   the quick ones, half a minute
     pytest -q -m cuda         the tests that need a card
 
 | promise | tests (test_...) |
@@ -18,13 +18,14 @@
 | a run learns; log, validation, --fill, load_checkpoint | a_run_learns* to checkpoint_of_an_* |
 | microbatch and processes change no result | microbatch_changes*, two_processes* |
 | the deadline holds | the_clock* |
-| resume is exact, also after kill -9 | interrupted_twice*, finished_run*, killed_at_any* |
-| nothing is overwritten; one run a folder; signals save | neither_overwritten*, signals_save* |
+| resume is exact, also after kill -9 | interrupted_twice*, finished_run*, stopped_or_killed* |
+| nothing is overwritten; one run a folder | neither_overwritten*, stopped_or_killed* |
 | screens, names and full disks end no run | outlives_its_screen*, names*, full_disk* |
 | steps, weights that are not finite | step_that_is_not*, diverged*, model_that_is_not* |
+| the microbatch is fitted to memory | the_microbatch_is_halved*, fitted_to_the_card* |
 | torchrun: both stop together, one can go on | a_signal_to_one* |
 | --export is the same model in transformers | exported_model*, cannot_be_exported* |
-| a card: compilation, microbatch search, CUDA graphs | compiled_run*, microbatch_is*, replayed* |
+| a card: compilation, 16 bits, CUDA graphs | a_compiled_run*, replayed* |
 | GLUE: metrics, examples, schedule, training loop | metrics* to adamw* |
 | GLUE: all tasks, the hub, files for the server, own task | all_of_glue* to scratch* |
 | GLUE: a score depends on nothing else; finished is skipped | finished_if*, depends_on_nothing* |
@@ -32,10 +33,13 @@
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import lzma
@@ -54,6 +58,8 @@ import unicodedata
 import urllib.parse
 from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models so small are faster on one thread
 
 import numpy as np
 import pytest
@@ -102,28 +108,34 @@ def script(name, *args, code=0, **launching):
     return printed
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
+def command(module, *args, refused=None, encoding="utf-8", **flags):
     """Run a script's main() in this process, as to start one takes seconds: what it prints.
     With refused="words" it must say them and stop."""
-    handlers = [(number, signal.getsignal(number)) for number in (
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    sys.argv = [module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])]
+    screen = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    try:
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+            if refused is None:
+                module.main()
+            else:
+                with pytest.raises((cram.CramError, OSError, SystemExit)) as error:
+                    module.main()
+                print(error.value)
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        printed = screen.buffer.getvalue().decode(encoding)
+        print(printed)  # for pytest, which shows it if the test fails
+    assert refused is None or refused in printed
+    return printed
 
-    def run(module, *args, refused=None, **flags):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [
-            module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])])
-        if refused is None:
-            module.main()
-            return capsys.readouterr().out
-        with pytest.raises((cram.CramError, OSError, SystemExit)) as error:
-            module.main()
-        printed = str(error.value) + capsys.readouterr().err
-        assert refused in printed, printed
 
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
+@pytest.fixture(name="command")
+def command_fixture():
+    return command
 
 
 LETTERS = random.Random(0)
@@ -187,22 +199,31 @@ def data(tmp_path_factory):
     return folder / "rows"
 
 
-def stop_at(n):
-    """Stands in for cram.Stop: asks for a stop after n steps."""
-    asked = itertools.count()
-    return type("Stop", (), {"asked": property(lambda self: next(asked) >= n)})
+def wait_for_log(process, out):
+    """Until a run that was just started has added to its log and there is a last.pt."""
+    log, last = out / "log.jsonl", out / "last.pt"
+    before = log.stat().st_size if log.exists() else 0
+    while not last.exists() or log.stat().st_size <= before:
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 @pytest.fixture
-def train(data, tmp_path, monkeypatch, command):
-    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log)."""
-    def run(out="out", resume=False, stop_after=None, refused=None, **flags):
+def train(data, tmp_path, monkeypatch):
+    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
+    stop_after=n a signal comes in the n-th step, as from Ctrl-C."""
+    def run(out="out", *args, resume=False, stop_after=None, refused=None, **flags):
+        real, calls = cram.mask_tokens, itertools.count(1)
+
+        def stop(*mask_args):
+            if next(calls) == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+            return real(*mask_args)
+
+        args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
         with monkeypatch.context() as patch:
-            if stop_after is not None:
-                patch.setattr(cram, "Stop", stop_at(stop_after))
-            args = ["--resume"] if resume else ["--data", data, *flags_of(TINY)]
-            run.printed = command(
-                cram, *args, "--out", tmp_path / out, refused=refused, **flags)
+            patch.setattr(cram, "mask_tokens", stop)
+            run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
         return refused is None and read_run(tmp_path / out)
 
     run.folder = tmp_path
@@ -210,11 +231,25 @@ def train(data, tmp_path, monkeypatch, command):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(data, tmp_path_factory):
-    """ckpt.pt of a short run of the paper's recipe, from a process of its own."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    script("cram.py", "--data", data, "--out", out, "--steps", 20, *flags_of(TINY))
-    return out / "ckpt.pt"
+def finished(data, tmp_path_factory):
+    """finished(recipe) -> the folder of a finished run, which is made once and not to be changed;
+    finished.printed[recipe] is what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    @functools.cache
+    def run(recipe):
+        flags = {**TINY, **ELECTRA, "recipe": recipe, "lr": 1e-2, "steps": 40}
+        run.printed[recipe] = command(cram, **flags, data=data, out=folder / recipe)
+        return folder / recipe
+
+    run.printed = {}
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(finished):
+    """ckpt.pt of the paper's recipe."""
+    return finished("crammed") / "ckpt.pt"
 
 
 def read_run(out):
@@ -776,62 +811,47 @@ def test_parameters_and_operations_at_the_papers_size():
 
 
 def reference_encode(w, ids, heads, mask):
-    """The crammed BERT for one row, with loops and plain formulas, in float64."""
+    """The crammed BERT for one row, by plain formulas in float64; w are its weights by name."""
     def norm(x, name):
-        mean, var = x.mean(), ((x - x.mean()) ** 2).mean()
-        return (x - mean) / np.sqrt(var + 1e-12) * w[name + ".weight"] + w[name + ".bias"]
+        variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+        return (x - mean) / (variance + 1e-12).sqrt() * w[name + ".weight"] + w[name + ".bias"]
 
     def gelu(x):
-        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
-    T, C = len(ids), w["embed.weight"].shape[1]
-    D, layers = C // heads, 1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks"))
-    x = np.zeros((T, C))
-    for t in range(T):
-        for c in range(C):
-            angle = t / 10_000 ** (c // 2 * 2 / C)
-            x[t, c] = w["embed.weight"][ids[t], c] + w["position_scale"] * (
-                math.sin(angle) if c % 2 == 0 else math.cos(angle))
-        x[t] = norm(x[t], "embed_norm")
-    for layer in range(layers):
+    x = w["embed.weight"][ids]
+    T, C = x.shape
+    angles = [[t / 10_000 ** (c // 2 * 2 / C) for c in range(C)] for t in range(T)]
+    x = norm(x + w["position_scale"] * torch.tensor([
+        [math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(row)] for row in angles]),
+        "embed_norm")
+    for layer in range(2):
         b = f"blocks.{layer}."
-        q, k, v = (np.stack([w[f"{b}attention.{name}.weight"] @ norm(x[t], b + "norm1")
-                             for t in range(T)]) for name in "qkv")
-        mixed = np.zeros((T, C))
-        for h in range(heads):
-            part = slice(h * D, h * D + D)
-            for t in range(T):
-                scores = [math.exp(q[t, part] @ k[u, part] / math.sqrt(D)) * mask[u]
-                          for u in range(T)]
-                for u in range(T):
-                    mixed[t, part] += scores[u] / sum(scores) * v[u, part]
-        for t in range(T):
-            x[t] += w[b + "attention.out.weight"] @ mixed[t]
-            y = norm(x[t], b + "norm2")
-            gated = (w[b + "ffn.up.weight"] @ y) * gelu(w[b + "ffn.gate.weight"] @ y)
-            x[t] += w[b + "ffn.down.weight"] @ gated
-    return np.stack([norm(x[t], "final_norm") for t in range(T)])
+        q, k, v = (norm(x, b + "norm1") @ w[f"{b}attention.{name}.weight"].T for name in "qkv")
+        mixed = []
+        for h in torch.arange(C).split(C // heads):
+            scores = (q[:, h] @ k[:, h].T / math.sqrt(len(h))).exp() * mask
+            mixed.append(scores / scores.sum(1, keepdim=True) @ v[:, h])
+        x = x + torch.cat(mixed, 1) @ w[b + "attention.out.weight"].T
+        y = norm(x, b + "norm2")
+        y = (y @ w[b + "ffn.up.weight"].T) * gelu(y @ w[b + "ffn.gate.weight"].T)
+        x = x + y @ w[b + "ffn.down.weight"].T
+    return norm(x, "final_norm")
 
 
 def test_forward_is_what_the_paper_says():
     model = model_of()
     ids = torch.randint(50, (3, 16))
-    mask = torch.ones(3, 16, dtype=torch.bool)
-    mask[1, 10:] = mask[2, 5:] = False
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    hidden = np.stack([reference_encode(weights, row, 4, m)
-                       for row, m in zip(ids.numpy(), mask.numpy())])
+    mask = torch.arange(16) < torch.tensor([[16], [10], [5]])
+    w = {name: p.detach() for name, p in model.named_parameters()}
+    hidden = torch.stack([reference_encode(w, row, 4, m) for row, m in zip(ids, mask)])
     close = {"rtol": 1e-5, "atol": 1e-5}  # the table of positions is stored in float32
-    np.testing.assert_allclose(model.encode(ids, mask).detach(), hidden, **close)
-
-    logits = hidden @ weights["embed.weight"].T
-    np.testing.assert_allclose(model.logits(ids, mask).detach(), logits, **close)
-
-    hidden = reference_encode(weights, ids[0].numpy(), 4, np.ones(16))
-    scores = hidden[[3, 9]] @ weights["embed.weight"].T
-    surprise = [math.log(np.exp(row).sum()) - row[t] for row, t in zip(scores, (7, 8))]
+    torch.testing.assert_close(model.encode(ids, mask).detach(), hidden, **close)
+    logits = hidden @ w["embed.weight"].T
+    torch.testing.assert_close(model.logits(ids, mask).detach(), logits, **close)
     [loss] = model(ids[:1], torch.tensor([[3, 9]]), torch.tensor([[7, 8]]))
-    assert loss.item() == pytest.approx(np.mean(surprise), abs=1e-5)
+    p = logits[0].softmax(-1)  # row 0 has no padding
+    assert loss.item() == pytest.approx(-(p[3, 7] * p[9, 8]).log().item() / 2, abs=1e-5)
 
 
 BOTH = pytest.mark.parametrize("kind", ["crammed", "modernbert"])
@@ -848,19 +868,6 @@ def test_padding_and_decoding_only_some_positions_change_nothing(kind):
     torch.testing.assert_close(model.encode(ids, mask)[:, :9], model.encode(ids[:, :9]))
 
 
-def test_rotary_attention_knows_distances_and_no_positions():
-    table = cram.rope_table(16, 8).double()
-    q, k = torch.randn(2, 1, 1, 16, 8, dtype=torch.double)
-    q, k = q[:, :, :1].expand(q.shape), k[:, :, :1].expand(k.shape)  # one vector everywhere
-    scores = (cram.apply_rope(q, table) @ cram.apply_rope(k, table).mT)[0, 0]
-    for distance in range(-15, 16):
-        along = scores.diagonal(distance)
-        torch.testing.assert_close(along, along[:1].expand(len(along)), rtol=1e-5, atol=1e-5)
-    assert scores[0].std() > 0.1
-    assert table[:, 1, 0].tolist() == pytest.approx([math.cos(1), math.sin(1)])
-    assert table[:, 1, 3].tolist() == pytest.approx([math.cos(1e-3), math.sin(1e-3)])  # 10,000^-3/4
-
-
 @BOTH
 def test_dropout_only_in_fine_tuning(kind):
     """After the embedding, in attention, after attention and FFN, before the last layer."""
@@ -868,8 +875,8 @@ def test_dropout_only_in_fine_tuning(kind):
     assert torch.equal(plain.encode(ids), plain.encode(ids))
     tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
     places = [module for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [place.p for place in places] == [0.3] * (1 + 2 * 2 + 1)
     for place in places:
-        assert place.p == 0.3
         place.register_forward_hook(lambda *_: calls.append(1))
     tuned(ids, None)
     assert len(calls) == 1 + 2 * 2 + 1  # a block's is called twice, attention's by its kernel
@@ -949,14 +956,14 @@ def test_electra_gradients():
     torch.testing.assert_close(fifty[embed], none[embed] + 50 * of_discriminator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampled_tokens_follow_the_distribution(dtype):
-    logits = (3 * torch.randn(1, 1, 300)).to(dtype)
-    uniform = (torch.arange(100_000)[:, None] + 0.5) / 100_000
-    tokens = cram.sample_tokens(logits.expand(100_000, 1, 300), uniform)
-    share = torch.bincount(tokens.flatten(), minlength=300) / 100_000
-    assert (share - logits.float().softmax(-1)[0, 0]).abs().sum() / 2 < 2e-3
-    last = cram.sample_tokens(torch.randn(1000, 1, 30_000), torch.full((1000, 1), 1 - 2**-24))
+def test_sampled_tokens_follow_the_distribution():
+    """Also where the logits are in 16 bits, in which their sum would be far too coarse."""
+    logits = (3 * torch.randn(1, 1, 300)).bfloat16()
+    uniform = (torch.arange(20_000)[:, None] + 0.5) / 20_000
+    tokens = cram.sample_tokens(logits.expand(20_000, 1, 300), uniform)
+    share = torch.bincount(tokens.flatten(), minlength=300) / 20_000
+    assert (share - logits.float().softmax(-1)[0, 0]).abs().sum() / 2 < 5e-3
+    last = cram.sample_tokens(torch.randn(300, 1, 30_000), torch.full((300, 1), 1 - 2**-24))
     assert last.max() < 30_000  # the sum of so many probabilities may stay below it
 
 
@@ -998,29 +1005,27 @@ def test_weight_decay_spares_the_norms():
     assert len(with_decay["params"]) == 9  # embedding, position scale, seven matrices
 
 
-@pytest.mark.parametrize("objective", ["mlm", "rtd"])
-def test_muon_is_torchs_muon_for_the_matrices_of_blocks_and_heads(objective):
+def test_muon_is_torchs_muon_for_the_matrices_of_blocks_heads_and_projection():
     s = cram.Settings(model="modernbert", optimizer="muon", lr=2e-3, weight_decay=5.0, layers=2,
-                      width=32, heads=2, objective=objective, generator_width=16)
+                      width=32, heads=2, objective="rtd", generator_width=16)
     model = cram.build_model(s, 50, 16)
-    embed = getattr(model, "discriminator", model).embed.weight
-    adamw, ours = cram.build_optimizers(model, s)
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embed]
-    assert {p for g in ours.param_groups for p in g["params"]} == set(matrices)
-    everything = [p for o in (adamw, ours) for g in o.param_groups for p in g["params"]]
-    assert len(everything) == len(set(everything)) == len([*model.parameters()])
-    starts = [p.detach().clone() for p in matrices]
-    copies = [torch.nn.Parameter(p.clone()) for p in starts]
-    theirs = torch.optim.Muon(copies, lr=s.lr, weight_decay=s.weight_decay,
+    adamw, muon = cram.build_optimizers(model, s)
+    matrices = {p for name, p in model.named_parameters()
+                if p.ndim == 2 and not name.endswith("embed.weight")}
+    of_each = [[p for g in o.param_groups for p in g["params"]] for o in (adamw, muon)]
+    assert set(of_each[1]) == matrices and set(of_each[0]) == set(model.parameters()) - matrices
+    copies = {p: torch.nn.Parameter(p.detach().clone()) for p in matrices}
+    starts = {p: p.detach().clone() for p in matrices}
+    theirs = torch.optim.Muon(copies.values(), lr=s.lr, weight_decay=s.weight_decay,
                               adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p, copy_ in zip(matrices, copies):
+        for p in matrices:
             p.grad = torch.randn_like(p)
-            copy_.grad = p.grad.clone()
-        ours.step()
+            copies[p].grad = p.grad.clone()
+        muon.step()
         theirs.step()
-    for p, copy_, start in zip(matrices, copies, starts):  # theirs computes in bf16
-        assert (p - copy_).norm() < 0.03 * (copy_ - start).norm()
+    for p, start in starts.items():  # theirs computes in bf16
+        assert (p - copies[p]).norm() < 0.03 * (copies[p] - start).norm()
 
 
 def test_masks_are_exact_and_never_the_same():
@@ -1066,11 +1071,11 @@ def rows_of_a_run(batches, n_rows, s):
     return np.concatenate(rows), position
 
 
-@pytest.mark.parametrize("passes", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("passes", [0.3, 1.0])
 def test_a_short_budget_reads_an_even_share_of_the_whole_file(passes):
     n_rows, s = 100_000, cram.Settings(batch=256)
-    steps = next(n for n in range(10, 10**5) if sum(
-        cram.batch_at(k / n, s) for k in range(n)) >= passes * n_rows)
+    mean = np.mean([cram.batch_at(k / 1000, s) for k in range(1000)])
+    steps = math.ceil(passes * n_rows / mean)
     rows, end = rows_of_a_run([cram.batch_at(k / steps, s) for k in range(steps)], n_rows, s)
     assert len(set(rows.tolist())) == len(rows) and end >= n_rows
     shares = np.bincount(rows * 5 // n_rows, minlength=5) / (n_rows / 5)
@@ -1090,37 +1095,41 @@ def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
 @pytest.mark.parametrize("recipe, loss, val_loss, tolerance", [
     ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
     ("electra", 4.5276, 4.5396, 2e-3)])
-def test_the_final_loss_of_each_recipe(train, recipe, loss, val_loss, tolerance):
+def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, tolerance):
     """Numbers from this code: whatever moves them changes what a recipe computes. (A second thread
     moves them by 5e-6, and electra's by 4e-4, as it draws another token. They are no results: this
     is too early.)"""
-    _, [*_, line] = train(**{**ELECTRA, "recipe": recipe}, steps=40, lr=1e-2)
+    _, [*_, line] = read_run(finished(recipe))
     assert line.get("loss_generator", line["loss"]) == pytest.approx(loss, abs=tolerance)
     assert line["val_loss"] == pytest.approx(val_loss, abs=tolerance)
 
 
-def test_a_run_learns_and_keeps_its_books(train):
-    saved, log = train(steps=200)
+def test_a_run_learns_and_keeps_its_books(finished):
+    out = finished("crammed")
+    (saved, log), printed = read_run(out), finished.printed["crammed"]
     s = cram.Settings(**saved["settings"])
-    rows = [cram.batch_at(k / 200, s) for k in range(200)]
-    for line in log[:-1]:
-        assert line["tokens"] == 32 * sum(rows[: line["step"]])
-        assert line["lr"] == cram.lr_at((line["step"] - 1) / 200, s)
-        assert line["batch"] == rows[line["step"] - 1]
+    rows = [cram.batch_at(k / 40, s) for k in range(40)]
+    for n, line in enumerate(log, 1):
+        assert (line["step"], line["batch"], line["tokens"]) == (n, rows[n - 1], 32 * sum(rows[:n]))
+        assert line["lr"] == cram.lr_at((n - 1) / 40, s)
         assert line["mfu"] is None and line["tokens_per_s"] > 0
+        assert ("val_loss" in line) == (n % 2 == 0)  # every 5 %
     for optimizer in saved["optimizers"]:
         assert {group["lr"] for group in optimizer["param_groups"]} == {log[-1]["lr"]}
-    assert [line["step"] for line in log if "val_loss" in line] == [*range(10, 201, 10)]
-    val = [line["val_loss"] for line in log if "val_loss" in line]
-    assert val[-1] < val[0] - 1
+    assert log[-1]["val_loss"] < log[1]["val_loss"] - 1
+    content = torch.load(out / "ckpt.pt", weights_only=True)
+    assert same(content["model"], saved["model"])
+    assert content["result"]["val_loss"] == log[-1]["val_loss"]
 
-    content = torch.load(train.folder / "out/ckpt.pt", weights_only=True)
-    assert same(content["model"], saved["model"]) and content["result"]["val_loss"] == val[-1]
-    summary = train.printed[train.printed.index("\ntokens  "):]  # one block ends the run
+    header, *lines = re.findall(r"^ *(?:time|\d+:\d\d:\d\d) .*", printed, re.M)
+    assert len(lines) == len(log) and max(map(len, lines)) <= 100
+    ends = [[m.end() for m in re.finditer(r"\S+", line)] for line in (header, lines[-1])]
+    assert ends[0] == ends[1] and f"{log[-1]['val_loss']:.3f}" in lines[-1]
+    summary = printed[printed.index("\ntokens  "):]  # one block ends the run
     assert re.findall(r"^\S[a-zA-Z ]+?(?=  )", summary, re.M) == [
         "tokens", "steps", "wall clock", "after the clock", "peak memory", "exaFLOP",
         "training loss", "validation loss", "wrote"]
-    assert f"{val[-1]:.3f}" in summary and "200, of which 0 skipped" in summary
+    assert f"{log[-1]['val_loss']:.3f}" in summary and "40, of which 0 skipped" in summary
 
 
 def test_validation_loss_as_the_contract_defines_it(data, checkpoint):
@@ -1138,7 +1147,7 @@ def test_validation_loss_as_the_contract_defines_it(data, checkpoint):
     assert log[-1]["val_loss"] == pytest.approx(np.mean(total), abs=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["crammed", "electra"])
+@pytest.mark.parametrize("recipe", ["crammed", pytest.param("electra", marks=slow)])
 def test_the_microbatch_changes_nothing(train, recipe):
     flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
     whole, log = train("whole", **flags)
@@ -1150,49 +1159,44 @@ def test_the_microbatch_changes_nothing(train, recipe):
 
 
 def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
-    """Steps of 0.4 s: in 3.8 s there are eight or nine, as none is begun that would end later. The
-    schedule, and a validation every 5 %, follow the clock."""
-    real = cram.mask_tokens
-    monkeypatch.setattr(cram, "mask_tokens", lambda *a: (time.sleep(0.4), real(*a))[1])
-    began = time.monotonic()
-    saved, log = train(minutes=3.8 / 60, ramp=0)
-    assert saved["state"]["step"] in (7, 8, 9) and time.monotonic() - began < 10
-    assert saved["clock"]["elapsed_s"] == log[-1]["elapsed_s"] < 3.85
+    """On a clock of our own, by which a step takes 1.1 s: 54 in a minute, as none is begun that
+    would end later. Rate and batch, and a validation every 5 %, follow the clock."""
+    now, real = [1000.0], cram.mask_tokens
+
+    def step(*mask_args):
+        now[0] += 1.1
+        return real(*mask_args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cram, "mask_tokens", step)
+    saved, log = train(minutes=1)
     s = cram.Settings(**saved["settings"])
-    for before, line in itertools.pairwise(log[:-1]):
-        assert line["progress"] == pytest.approx(line["elapsed_s"] / 3.8)
-        assert line["lr"] == pytest.approx(cram.lr_at(before["progress"], s), rel=0.05)
-    assert log[-1]["elapsed_s"] > 2.9 and all("val_loss" in line for line in log)
+    for line in log:
+        before = (line["step"] - 1) * 1.1 / 60
+        assert line["progress"] == pytest.approx(line["elapsed_s"] / 60)
+        assert line["elapsed_s"] == pytest.approx(line["step"] * 1.1)
+        assert line["lr"] == pytest.approx(cram.lr_at(before, s))
+        assert line["batch"] == cram.batch_at(before, s)
+    assert line["step"] == saved["state"]["step"] == 54
+    assert sum("val_loss" in line for line in log) == 20
 
 
-def test_a_line_of_the_log():
-    """Time, time left, share done ... under their names, within 100 columns after days of it."""
-    entry = {"step": 12_345_678, "tokens": 0, "elapsed_s": 36 * 3600 + 61.7, "progress": 0.75,
-             "lr": 1.25e-4, "batch": 8192, "loss": 10.12345, "val_loss": 12.3456,
-             "tokens_per_s": 123_456_789.0, "mfu": 0.4567}
-    row = cram.log_row(entry)
-    assert row.split() == ["36:01:02", "12:00:21", "75.0%", "12345678", "8192", "1.25e-04",
-                           "10.123", "12.346", "123,456,789", "45.7%"]
-    ends = [[m.end() for m in re.finditer(r"\S+", line)] for line in (cram.LOG_HEADER, row)]
-    assert ends[0] == ends[1] and len(row) <= 100
-    assert cram.log_row({**entry, "progress": 1.01}).split()[1] == "0:00:00"
-
-
-def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train, monkeypatch):
-    seen, real = [], cram.TrainState.add
-    monkeypatch.setattr(cram.TrainState, "add", lambda self, losses: (
-        seen.append(losses[0]), real(self, losses)))
-    _, log = train(steps=100, layers=1, batch=16)
-    starts = [0] + [line["step"] for line in log]
-    assert len(log) >= 50 and starts[-1] == 100
-    for start, line in zip(starts, log):
-        assert line["loss"] == pytest.approx(np.mean(seen[start : line["step"]]))
+def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
+    """With a rate so small that no weight moves, a budget of 40 steps, with a line for each, has
+    the losses that one of 100 has, with a line for one or two."""
+    flags = {"lr": 1e-30, "ramp": 0, "order": "random", "layers": 1, "batch": 2}
+    _, log = train("each", steps=40, **flags)
+    losses, start = [line["loss"] for line in log], 0
+    _, log = train("several", steps=100, stop_after=40, **flags)
+    for line in log:
+        assert line["loss"] == pytest.approx(np.mean(losses[start : line["step"]]))
+        start = line["step"]
+    assert start == 40 and len(log) < 30 and len(set(losses)) == 40
 
 
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
-def test_fill_and_python_interface(train, command, recipe):
-    train(**{**ELECTRA, "recipe": recipe}, steps=10)
-    out = train.folder / "out"
+def test_fill_and_python_interface(finished, recipe):
+    out = finished(recipe)
     printed = command(cram, "--out", out, "--fill", "a <mask> b <mask>.")
     assert printed.count("<mask>:") == 2 and printed.count("%") == 10
     model, tokenizer = cram.load_checkpoint(out / "ckpt.pt", device="cpu")
@@ -1233,6 +1237,7 @@ def damage(folder, what):
         (folder / what).write_text("{}")
     elif what == "gone":
         shutil.rmtree(folder)
+    return folder
 
 
 @pytest.mark.parametrize("what, args, words", [
@@ -1242,14 +1247,11 @@ def damage(folder, what):
     ("val", [], "tokenizer ends at"),
     ("meta.json", [], "meta.json is damaged"),
     ("tokenizer.json", [], "not the one the tokens were made with"),
-    ("", ["--hours", "0"], "--hours must be a positive number"),
     ("", ["--hours", "nan"], "--hours must be a positive number"),
     ("", ["--hours", "soon"], "invalid float"),
     ("", ["--hours", "1e-9"], "over before the first step"),
     ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
-    ("", ["--minutes", "1", "--hours", "2"], "one of --hours, --minutes and --steps"),
     ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
-    ("", ["--generator-width", "200"], "multiple of 64"),
     ("", ["--generator-width", "15"], "even and below 64"),
     ("", ["--device", "tpu"], "cannot be used"),
     ("", ["--recipe", "magic"], "crammed or modern or electra"),
@@ -1258,9 +1260,8 @@ def damage(folder, what):
     ("", ["--fill", "a <mask>"], "no checkpoint"),
     ("", ["--no-such-flag"], "unrecognized"),
 ])
-def test_cram_says_what_is_wrong(data, tmp_path, command, what, args, words):
-    folder = shutil.copytree(data, tmp_path / "d")
-    damage(folder, what)
+def test_cram_says_what_is_wrong(data, tmp_path, what, args, words):
+    folder = damage(shutil.copytree(data, tmp_path / "d"), what) if what else data
     budget = [] if "--hours" in args else ["--steps", 2]
     command(cram, "--data", folder, "--out", tmp_path / "o", *budget, *flags_of(TINY), *args,
             refused=words)
@@ -1272,55 +1273,54 @@ class Mischief:
         return os.system, ("touch mischief-was-done",)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps({"model": 1}), "code"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(
-        tmp_path, monkeypatch, command, content):
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "ckpt.pt"
-    if content == "code":
-        torch.save({"model": Mischief(), "settings": {}}, path)
-    else:
-        path.write_bytes(content)
-    command(cram, "--out", tmp_path, "--fill", "a <mask>", refused="not a checkpoint")
-    command(finetune_glue, "--task", "cola", "--ckpt", path, refused="not a checkpoint")
-    assert not (tmp_path / "mischief-was-done").exists()
+    torch.save({"model": Mischief(), "settings": {}}, "code.pt")
+    code = Path("code.pt").read_bytes()
+    for content in (b"", b"no checkpoint", pickle.dumps({"model": 1}, 2), code):
+        Path("ckpt.pt").write_bytes(content)
+        command(cram, "--out", ".", "--fill", "a <mask>", refused="not a checkpoint")
+        command(finetune_glue, "--task", "cola", "--ckpt", "ckpt.pt", refused="not a checkpoint")
+    assert not Path("mischief-was-done").exists()
 
 
 # ---------------------------------------------------------------------------- interrupted, resumed
 
 
-@pytest.mark.parametrize("flags, passes", [
-    pytest.param({"steps": 300}, 4.4, marks=slow), ({"steps": 40, "batch": 8}, 0.14),
-    ({"steps": 40, "recipe": "modern"}, 0.9),
-    pytest.param({"steps": 40, **ELECTRA}, 0.9, marks=slow)])
-def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(train, data, flags, passes):
-    """Across passes over the data, and within one of which the budget takes only some rows."""
-    whole = train("whole", **flags)
-    assert whole[0]["state"]["rows"] / len(rows_of(data)) == pytest.approx(passes, rel=0.1)
-    rng, n = random.Random(0), flags["steps"] // 2 - 1
-    train("parts", stop_after=rng.randint(1, n), **flags)
+@pytest.mark.parametrize("recipe, steps, passes", [
+    ("crammed", 40, 0.58), ("modern", 40, 0.81), pytest.param("crammed", 80, 1.17, marks=slow),
+    pytest.param("electra", 40, 0.81, marks=slow)])
+def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
+        finished, train, data, recipe, steps, passes):
+    """In the order of the file below and above a pass, and in random order."""
+    flags = {**ELECTRA, "recipe": recipe, "lr": 1e-2, "steps": steps}
+    whole = read_run(finished(recipe)) if steps == 40 else train("whole", **flags)
+    assert whole[0]["state"]["rows"] / len(rows_of(data)) == pytest.approx(passes, abs=0.01)
+    rng, n = random.Random(0), steps // 2 - 1
+    train("parts", **flags, stop_after=rng.randint(1, n))
     train("parts", resume=True, stop_after=rng.randint(1, n))
     assert not (train.folder / "parts/ckpt.pt").exists()
     assert_same_run(train("parts", resume=True), whole)
 
 
-def test_a_finished_run_resumed(train):
+def test_a_finished_run_resumed(train, finished):
     """It writes the same model again; with another budget it goes on."""
-    saved, log = train(steps=20)
-    (train.folder / "out/ckpt.pt").unlink()
+    out = shutil.copytree(finished("crammed"), train.folder / "out")
+    saved, log = read_run(out)
+    (out / "ckpt.pt").unlink()
     assert_same_run(train(resume=True), (saved, log))
-    result = torch.load(train.folder / "out/ckpt.pt", weights_only=True)["result"]
+    result = torch.load(out / "ckpt.pt", weights_only=True)["result"]
     assert untimed(result) == untimed(log[-1])
     assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
 
-    saved, log = train(resume=True, steps=40)
-    assert saved["state"]["step"] == 40 and "another budget" in train.printed
+    saved, log = train(resume=True, steps=60)
+    assert saved["state"]["step"] == 60 and "another budget" in train.printed
     steps = [line["step"] for line in log]
-    assert steps == sorted(set(steps)) and steps[-1] == 40
+    assert steps == sorted(set(steps)) and steps[-1] == 60
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, data):
-    train(steps=20, stop_after=5)
+    train(steps=8, stop_after=3)
     train(steps=2, refused="continue it with --resume")
     for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
                          ({"seed": 1}, "--seed 1"), ({"hours": 1.0}, "--steps"),
@@ -1337,65 +1337,30 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, dat
 
 
 @slow
-def test_killed_at_any_moment_it_goes_on(data, tmp_path):
-    """kill -9, with last.pt written all the time. CRAM_KILLS sets how often (50 for the record)."""
-    wanted = int(os.environ.get("CRAM_KILLS", 3))
-    flags = ["--data", data, *flags_of(TINY), "--steps", max(240, 60 * wanted),
-             "--save-minutes", 1e-6]
-    before = "real = it.torch.save; it.torch.save = lambda *a: (real(*a), it.time.sleep(0.02))"
-    script("cram.py", *flags, "--out", tmp_path / "whole")
-    rng, kills, inside, out = random.Random(2), 0, 0, tmp_path / "killed"
-    while not (out / "ckpt.pt").exists():
-        args = ["--resume"] if (out / "last.pt").exists() else flags
-        process = launch("cram.py", *args, "--out", out, before=before)
+def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
+    """SIGTERM saves and leaves, kill -9 does not; last.pt is written after every step. Meanwhile no
+    other run can use the folder: the lock ends with its process, however that ends. (Not Ctrl-C's
+    signal, which is ignored where a shell started pytest with &.)"""
+    flags = {**TINY, "data": data, "width": 128, "steps": 100}
+    whole, out, rng = train("whole", **flags), train.folder / "out", random.Random(2)
+    flags["save_minutes"] = 1e-6
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        resume = out.exists()
+        process = launch("cram.py", "--out", out, *(["--resume"] if resume else flags_of(flags)))
         try:
-            printed, _ = process.communicate(timeout=rng.uniform(2, 5) if kills < wanted else 200)
-            assert process.returncode == 0, printed
-        except subprocess.TimeoutExpired:
+            wait_for_log(process, out)
+            process.send_signal(signal.SIGSTOP)
+            train(resume=resume, refused="another run is writing to")
+            process.send_signal(signal.SIGCONT)
+            time.sleep(rng.uniform(0, 0.05))
+            process.send_signal(number)
+            printed, _ = process.communicate(timeout=20)
+        finally:
             process.kill()
-            process.communicate()
-            kills += 1
-            inside += (out / "last.pt.part").exists()
-    print(f"{kills} kills, {inside} of them while last.pt was being written")
-    assert kills >= min(wanted, 3)
-    assert_same_run(read_run(out), read_run(tmp_path / "whole"))
-
-
-@pytest.fixture
-def start(data, tmp_path):
-    """Start cram.py on tmp_path/"o" in the background, and wait for the first line of its log."""
-    started = []
-
-    def run(*args):
-        args = args or ["--data", data, *flags_of(TINY), "--minutes", 2]
-        process = launch("cram.py", "--out", tmp_path / "o", *args)
-        started.append(process)
-        for line in process.stdout:
-            if re.match(r" *\d+:\d\d:\d\d ", line):
-                break
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@slow
-def test_signals_save_and_leave_and_two_runs_never_share_a_folder(start, data, tmp_path):
-    """The lock ends with its process, however that ends: here, and in test_killed_at_any_moment."""
-    flags = ["--data", data, "--out", tmp_path / "o", *flags_of(TINY), "--steps", 3]
-    resume = ["--out", tmp_path / "o", "--resume"]
-    for number, args, other in ((signal.SIGTERM, [], flags), (signal.SIGINT, resume, resume)):
-        process = start(*args)
-        assert "another run is writing to" in script("cram.py", *other, code=1)
-        assert process.poll() is None
-        sent = time.monotonic()
-        process.send_signal(number)
-        printed, _ = process.communicate(timeout=20)
-        assert process.returncode == 0 and "continue with --resume" in printed
-        assert time.monotonic() - sent < 5
-    assert read_run(tmp_path / "o")[0]["state"]["step"] > 1
+        assert process.returncode == (-9 if number == signal.SIGKILL else 0)
+        assert ("continue with --resume" in printed) == (number != signal.SIGKILL)
+        assert (out / "last.pt").exists() and not (out / "ckpt.pt").exists()
+    assert_same_run(train(resume=True, save_minutes=5), whole)
 
 
 @slow
@@ -1409,13 +1374,11 @@ def test_a_run_outlives_its_screen(data, tmp_path):
     assert (tmp_path / "o/ckpt.pt").exists() and read_run(tmp_path / "o")[1][-1]["step"] == 40
 
 
-@slow
-def test_names_that_the_terminal_cannot_show(data, tmp_path):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    out, flags = tmp_path / "é漢", ["--data", data, *flags_of(TINY), "--recipe", "modern"]
-    assert r"\xe9" in script("cram.py", *flags, "--steps", 2, "--out", out, env=env)
-    assert r"\xe9" in script("cram.py", "--out", out, "--export", tmp_path / "é", env=env)
-    assert r"\xe9" in script("cram.py", *flags, "--out", out, code=1, env=env)
+def test_names_that_the_terminal_cannot_show(train):
+    out = train.folder / "é漢"
+    train("é漢", steps=2, recipe="modern", encoding="ascii")
+    assert r"\xe9" in train.printed
+    assert r"\xe9" in command(cram, "--out", out, "--export", out / "é", encoding="ascii")
 
 
 # ---------------------------------------------------------------------------- when things go wrong
@@ -1423,30 +1386,28 @@ def test_names_that_the_terminal_cannot_show(data, tmp_path):
 
 def nan_in_steps(monkeypatch, *steps):
     """Make one gradient of these steps NaN."""
-    real, calls = torch.nn.utils.clip_grad_norm_, []
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
 
     def clip(parameters, *args):
         parameters = list(parameters)
-        calls.append(1)
-        if len(calls) in steps:
+        if next(calls) in steps:
             parameters[3].grad.view(-1)[0] = math.nan
         return real(parameters, *args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
 
-@pytest.mark.parametrize("step", [4, 8])
-def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch, step):
+def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
     """In the middle and at the end: weights and moments are those of the steps before it, and the
     run ends with its model."""
-    before, _ = train("before", steps=8, stop_after=step - 1)
-    nan_in_steps(monkeypatch, step)
-    saved, log = train(steps=8, stop_after=None if step == 8 else step)
+    nan_in_steps(monkeypatch, 4, 8)
+    before, _ = train(steps=8, stop_after=7)
+    saved, log = train(resume=True)
     assert same(saved["model"], before["model"])
     for ours, theirs in zip(saved["optimizers"], before["optimizers"]):
         assert same(ours["state"], theirs["state"])
-    assert (saved["state"]["step"], saved["state"]["skipped"]) == (step, 1)
-    assert (train.folder / "out/ckpt.pt").exists() == (step == 8)
+    assert (saved["state"]["step"], saved["state"]["skipped"]) == (8, 2)
+    assert (train.folder / "out/ckpt.pt").exists()
     assert all(math.isfinite(line["loss"]) for line in log)
 
 
@@ -1468,25 +1429,22 @@ def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
-def test_the_microbatch_is_halved_until_a_step_fits(capsys):
-    """On a card; here without one. The search moves no weight and leaves no momentum."""
-    s = cram.Settings(**cram.RECIPES["modern"], layers=1, width=32, heads=2)
-    model, tried = cram.build_model(s, 50, 16), []
-    before, optimizers = copy.deepcopy(model.state_dict()), cram.build_optimizers(model, s)
+def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
+    """On a card; here one is played, in place of the compiler. The search moves no weight and
+    leaves no momentum: the run is the one that began with that microbatch."""
+    def small_card(model):
+        def compiled(ids, *masked):
+            if len(ids) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return model(ids, *masked)
+        return compiled
 
-    def small_card(rows, microbatch):
-        tried.append(microbatch)
-        if microbatch > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        inputs = torch.zeros(len(rows), 2, dtype=torch.long)
-        model(rows.long(), inputs, inputs)[0].backward()
-
-    assert cram.find_microbatch(32, s, 16, model, optimizers, small_card) == 8
-    assert tried == [32, 16, 8] and capsys.readouterr().out.count("trying half") == 2
-    assert same(model.state_dict(), before)
-    assert not any(x.any() for o in optimizers for state in o.state.values()
-                   for x in state.values())
-    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(torch, "compile", small_card)
+    flags = {"recipe": "modern", "steps": 3, "layers": 1}
+    expected = train("given", microbatch=8, **flags)
+    found = train("found", "--compile", **flags)
+    assert train.printed.count("trying half") == 2 and "; 8 rows per forward" in train.printed
+    assert_same_run(found, expected)
 
 
 def test_a_full_disk(train, monkeypatch):
@@ -1517,74 +1475,57 @@ def test_a_full_disk(train, monkeypatch):
 @pytest.fixture
 def team(data, tmp_path):
     """Start cram.py in two processes: team(out, flag=value, ...) -> the torchrun process."""
-    started, cram_py = [], tmp_path / "cram_py.py"
-    cram_py.write_text(f"""import os, runpy
-with open({str(tmp_path)!r} + "/pid" + os.environ["RANK"], "w") as f:
-    f.write(str(os.getpid()))
-runpy.run_path({str(HERE / "cram.py")!r}, run_name="__main__")
-""")
+    started = []
 
     def run(out, *args, **flags):
-        flags = {"data": data, **TINY, "batch": 37, "microbatch": 4, **flags, "out": tmp_path / out}
         started.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             cram_py, *map(str, [*flags_of(flags), *args])],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}))
+             HERE / "cram.py", *map(str, [*args, *flags_of(flags), "--out", tmp_path / out])],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
 
-    run.folder = tmp_path
     yield run
     for process in started:
         process.kill()
 
 
-def wait_for_rank_1(torchrun, folder):
-    """Its process number, once the run has written lines of its log and last.pt."""
-    log = folder / "two/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 1 and (
-            folder / "two/last.pt").exists()):
-        assert torchrun.poll() is None
-        time.sleep(0.02)
-    return int((folder / "pid1").read_text())
-
-
 @slow
-@pytest.mark.parametrize("recipe, tolerance", [
-    ("crammed", 2e-5), ("modern", 2e-4), ("electra", 5e-4)])  # Muon makes much of little
-def test_two_processes_end_where_one_ends(team, train, recipe, tolerance):
-    flags = {**ELECTRA, "recipe": recipe, "steps": 12}
-    two = team("two", **flags)
-    (a, a_log) = train("one", **flags, batch=37)
+def test_two_processes_end_where_one_ends(team, train, data):
+    """With electra, so also with Muon, whose matrices they share. (They sum in another order, and
+    Muon makes much of little.)"""
+    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 12}
+    two = team("two", data=data, **flags)
+    a, a_log = train("one", **flags)
     printed, _ = two.communicate(timeout=120)
     assert two.returncode == 0 and printed.count("validation loss") == 1, printed
-    b, b_log = read_run(team.folder / "two")
+    b, b_log = read_run(train.folder / "two")
     for name, p in a["model"].items():
-        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=tolerance)
+        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
     assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
     for line, other in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
-            assert line.get(key) == pytest.approx(other.get(key), abs=100 * tolerance)
-    if recipe == "modern":
-        two = team("two", "--export", team.folder / "exported")
-        printed, _ = two.communicate(timeout=120)
-        assert two.returncode == 0 and printed.count("wrote") == 1, printed
+            assert line.get(key) == pytest.approx(other.get(key), abs=0.05)
 
 
 @slow
-@pytest.mark.parametrize("number, words", [
-    (signal.SIGTERM, "and saved; continue with --resume"),
-    (signal.SIGKILL, "has lost another process of the run")])
-def test_a_signal_to_one_process_ends_both_and_one_process_goes_on(team, train, number, words):
-    """Asked to stop, within a step, both save; killed, it takes the other with it."""
-    two = team("two", steps=2000, microbatch=1, save_minutes=0.002)
-    os.kill(wait_for_rank_1(two, team.folder), number)
-    printed, _ = two.communicate(timeout=60)
-    assert (two.returncode == 0) == (number == signal.SIGTERM) and words in printed
-    stopped = read_run(team.folder / "two")[0]["state"]["step"]
-    assert 0 < stopped < 2000 and not (team.folder / "two/ckpt.pt").exists()
-    train("two", resume=True, steps=stopped + 3)
-    assert (team.folder / "two/ckpt.pt").exists()
+def test_a_signal_to_one_process_ends_both_and_one_process_goes_on(team, train, data):
+    """Asked to stop, within a step, both save; killed, it takes the other with it. The rest of the
+    run, in one process, ends where one process would have."""
+    flags = {**TINY, "batch": 37, "microbatch": 4, "steps": 40, "save_minutes": 1e-6}
+    out = train.folder / "two"
+    for number, words, args in (
+            (signal.SIGTERM, "and saved; continue with", flags_of({"data": data, **flags})),
+            (signal.SIGKILL, "has lost another process of the run", ["--resume"])):
+        two = team("two", *args)
+        wait_for_log(two, out)
+        processes = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+        os.kill(int(processes[-1]), number)
+        printed, _ = two.communicate(timeout=60)
+        assert (two.returncode == 0) == (number == signal.SIGTERM) and words in printed
+        assert not (out / "ckpt.pt").exists()
+    (one, _), (two, _) = train("one", **flags), train("two", resume=True)
+    for name, p in one["model"].items():
+        torch.testing.assert_close(two["model"][name], p, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -1592,10 +1533,9 @@ def test_a_signal_to_one_process_ends_both_and_one_process_goes_on(team, train, 
 
 @slow
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
-def test_an_exported_model_is_the_same_in_transformers(train, command, recipe):
+def test_an_exported_model_is_the_same_in_transformers(finished, tmp_path, recipe):
     transformers = pytest.importorskip("transformers")
-    train(**{**ELECTRA, "recipe": recipe}, steps=80)
-    out, folder = train.folder / "out", train.folder / "exported"
+    out, folder = finished(recipe), tmp_path / "exported"
     assert str(folder) in command(cram, "--out", out, "--export", folder)
 
     model, tokenizer = cram.load_checkpoint(out / "ckpt.pt")
@@ -1609,78 +1549,74 @@ def test_an_exported_model_is_the_same_in_transformers(train, command, recipe):
         assert row[m].tolist() == [cram.CLS, *ours, cram.SEP]
     assert tokens.decode(ids[1], skip_special_tokens=True) == " ".join(WORDS[80:92])
 
-    head, scores = {"head.dense.weight", "head.norm.weight"}, {
-        "classifier.weight", "classifier.bias"}
-    ours = scores if recipe == "electra" else set()
-    for kind, missing, unused in [
-            ("MaskedLM", set(), ours), ("", set(), head | ours),
-            ("SequenceClassification", scores - ours, set()),
-            ("TokenClassification", scores - ours, set())]:
-        kind = "AutoModel" + f"For{kind}" * bool(kind)
-        theirs, report = getattr(transformers, kind).from_pretrained(
+    trained = {}  # the classes of transformers that take every weight, or the trunk
+    for kind in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
+        theirs, report = getattr(transformers, "AutoModel" + kind).from_pretrained(
             folder, output_loading_info=True)
-        assert type(theirs).__name__.startswith("ModernBert")
-        assert set(report["missing_keys"]) - {"decoder.bias"} == missing, kind
-        assert set(report["unexpected_keys"]) == unused, kind
-
-    hidden = model.encode(ids, mask)[mask].detach()
-    for attention, dtype, tolerance in (("eager", "float32", 2e-5), ("sdpa", "float32", 2e-5),
-                                        ("sdpa", "bfloat16", 0.1)):
-        theirs = transformers.AutoModel.from_pretrained(
-            folder, attn_implementation=attention, dtype=getattr(torch, dtype)).eval()
-        torch.testing.assert_close(theirs(**batch).last_hidden_state[mask].detach().float(), hidden,
-                                   rtol=0, atol=tolerance)
-    assert set(theirs.config.layer_types) == {"full_attention"}  # these rows are in any window
+        trained[kind] = theirs.eval()
+        lacks = {key.split(".")[0] for key in report["missing_keys"]} - {"decoder"}
+        assert lacks == ({"classifier"} if "Class" in kind and recipe == "modern" else set())
+    hidden = trained[""](**batch).last_hidden_state[mask]
+    torch.testing.assert_close(hidden, model.encode(ids, mask)[mask], rtol=0, atol=2e-5)
+    assert set(trained[""].config.layer_types) == {"full_attention"}  # these rows fit any window
 
     if recipe == "electra":
-        found = transformers.pipeline("token-classification", model=str(folder),
-                                      ignore_labels=[])(texts[1])
-        assert [entry["score"] if entry["entity"] == "replaced" else 1 - entry["score"]
-                for entry in found] == pytest.approx(
-                    model.replaced(ids[1:])[0, 1:-1].tolist(), abs=1e-5)
+        scores = trained["ForTokenClassification"](**batch).logits.softmax(-1)[..., 1]
+        torch.testing.assert_close(scores[mask], model.replaced(ids, mask)[mask])
+        found = transformers.pipeline("token-classification", model=str(folder), ignore_labels=[])
+        assert {entry["entity"] for entry in found(texts[1])} <= {"original", "replaced"}
         assert "what it guesses is nonsense" in (folder / "README.md").read_text()
         return
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
-    theirs.save_pretrained(train.folder / "again")
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(train.folder / "again")
-    torch.testing.assert_close(theirs(**batch).logits[mask], model.logits(ids, mask)[mask],
-                               rtol=0, atol=2e-5)
+    logits = trained["ForMaskedLM"](**batch).logits[mask]
+    torch.testing.assert_close(logits, model.logits(ids, mask)[mask], rtol=0, atol=2e-5)
     printed = command(cram, "--out", out, "--fill", texts[0])
     for guess in transformers.pipeline("fill-mask", model=str(folder))(texts[0]):
         assert f" {guess['score']:.1%}" in printed
 
 
-def test_what_cannot_be_exported_is_said(checkpoint, train, command):
-    command(cram, "--out", checkpoint.parent, "--export", train.folder / "x",
+def test_what_cannot_be_exported_is_said(finished, tmp_path):
+    command(cram, "--out", finished("crammed"), "--export", tmp_path / "x",
             refused="only --model modernbert")
-    assert not (train.folder / "x").exists()
-    train("modern", steps=2, model="modernbert")
-    command(cram, "--out", train.folder / "modern", "--export", train.folder / "modern",
-            refused="not empty")
+    assert not (tmp_path / "x").exists()
+    command(cram, "--out", finished("modern"), "--export", finished("modern"), refused="not empty")
 
 
 # --------------------------------------------------------------------------------------- on a card
 
 
-@pytest.mark.cuda
-def test_a_compiled_run_on_a_card_is_the_run_without_and_resumes(train):
-    flags = {"recipe": "modern", "device": "cuda", "width": 64, "steps": 20}
-    plain, log = train("plain", "--no-compile", **flags)
-    train("compiled", **flags, stop_after=8)
-    assert "compiled" in train.printed
-    compiled, compiled_log = train("compiled", resume=True)
-    assert len(log) == len(compiled_log)
-    for a, b in zip(log, compiled_log):
-        assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
+def on_a_card(test):
+    """Only `pytest -m cuda` runs it."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+    return pytest.mark.cuda(skip(test))
 
 
-@pytest.mark.cuda
+@on_a_card
+@pytest.mark.parametrize("recipe, precision", [
+    ("crammed", "fp16"), ("modern", "auto"), ("electra", "auto")])
+def test_a_compiled_run_in_16_bits_is_the_plain_one_and_resumes(train, recipe, precision):
+    """On a card, compiled and resumed, within rounding of the same steps in float32."""
+    torch.compiler.reset()  # it remembers the shapes of the other recipes
+    flags = {**ELECTRA, "recipe": recipe, "device": "cuda", "width": 64, "steps": 20}
+    _, plain = train("plain", "--no-compile", **flags, precision="fp32")
+    train("other", **flags, precision=precision, stop_after=8)
+    dtype = "float16" if precision == "fp16" else "bfloat16"
+    assert f"{dtype}, compiled; 512 rows per forward pass" in train.printed
+    _, other = train("other", resume=True)
+    assert "GiB" in train.printed and len(plain) == len(other)
+    assert plain[-1]["loss"] < 0.8 * plain[0]["loss"]  # far more than the two may differ by
+    for a, b in zip(plain, other):
+        for key in {"loss", "val_loss", "loss_generator", "loss_discriminator"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=0.03)
+
+
+@on_a_card
 def test_the_microbatch_is_fitted_to_the_card(train):
-    """With one GiB allowed, of which 512 rows would need several."""
+    """With 384 MiB allowed, of which weights and moments take 170, and 512 rows several hundred."""
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(2**30 / total)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(384 * 2**20 / total)
     try:
-        train(device="cuda", width=512, layers=12, batch=4096, steps=2)
+        train(device="cuda", width=512, layers=4, batch=4096, steps=2)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "trying half" in train.printed
@@ -1796,8 +1732,7 @@ def test_a_trial_is_adamw_on_its_batches():
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@on_a_card
 def test_replayed_graphs_are_the_steps_one_by_one():
     eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
     eager.use_graphs = False
