@@ -153,8 +153,8 @@ class CrammedBERT(nn.Module):
     attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
     at the entrance of the first block (the embedding's norm is there), a head before the decoder.
 
-    The generator of `Electra` is given the embedding of a wider model, of E channels: `project` maps
-    them to C, and the head maps back.
+    The generator of `Electra` is given the embedding of a wider model, with E channels: `project`
+    maps them to C, and the head maps back.
     """
 
     metric_names = ("loss",)  # of what forward returns; the first is minimised

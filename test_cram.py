@@ -807,7 +807,7 @@ def test_parameters_and_operations_at_the_papers_size():
     assert round(model.flops_per_token(0.25) / 1e6) == 623
     trunks = [10 * L * C * C * 6 + 12 * L * 128 * C for L, C in ((s.layers, s.width), (6, 256))]
     assert electra.flops_per_token(0.15) == pytest.approx(
-        sum(trunks) + 6 * 32_768 * s.width * 0.15, rel=0.01)
+        sum(trunks) + 2 * 6 * 32_768 * s.width * 0.15, rel=0.01)
 
 
 def reference_encode(w, ids, heads, mask):
@@ -911,7 +911,8 @@ def electra(**settings):
 
 def test_electra_losses_by_slow_formulas():
     model, rows, (ids, positions, targets, uniform) = electra()
-    loss, generator_loss, rtd_loss, found, replaced = model(ids, positions, targets, uniform)
+    loss, generator_loss, rtd_loss, correction_loss, found, replaced = model(
+        ids, positions, targets, uniform)
 
     guesses = model.generator.logits(ids).softmax(-1).detach().numpy()
     shown, surprise = rows.clone(), []
@@ -932,7 +933,14 @@ def test_electra_losses_by_slow_formulas():
     expected = -torch.where(is_replaced, p, 1 - p).log().mean().item()
     assert rtd_loss.item() == pytest.approx(expected, rel=1e-5)
     assert found.item() == pytest.approx(((p > 0.5) & is_replaced).double().mean().item())
-    assert loss.item() == pytest.approx(np.mean(surprise) + 50 * expected, rel=1e-5)
+
+    d = model.discriminator
+    p = (d.head(d.encode(shown)) @ d.embed.weight.T).softmax(-1)
+    corrected = -np.mean([p[b, t, rows[b, t]].log().item()
+                          for b, row in enumerate(positions.tolist()) for t in row])
+    assert correction_loss.item() == pytest.approx(corrected, rel=1e-5)
+    total = np.mean(surprise) + 50 * expected + corrected
+    assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_electra_gradients():
@@ -1094,7 +1102,7 @@ def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
 
 @pytest.mark.parametrize("recipe, loss, val_loss, tolerance", [
     ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
-    ("electra", 4.5276, 4.5396, 2e-3)])
+    ("electra", 4.5348, 4.5278, 2e-3)])
 def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, tolerance):
     """Numbers from this code: whatever moves them changes what a recipe computes. (A second thread
     moves them by 5e-6, and electra's by 4e-4, as it draws another token. They are no results: this
@@ -1229,12 +1237,6 @@ def damage(folder, what):
     """A prepared folder with something wrong in it."""
     if what == "cut":
         os.truncate(folder / "train.bin", 64 * 10 + 7)
-    elif what in ("train", "val"):
-        rows = rows_of(folder, what)
-        rows[0, 5] = 60_000
-        rows.tofile(folder / f"{what}.bin")
-    elif what in ("meta.json", "tokenizer.json"):
-        (folder / what).write_text("{}")
     elif what == "gone":
         shutil.rmtree(folder)
     return folder
@@ -1243,16 +1245,12 @@ def damage(folder, what):
 @pytest.mark.parametrize("what, args, words", [
     ("gone", [], "no prepared data"),
     ("cut", [], "train.bin has 647 bytes and should have"),
-    ("train", [], "token id 60000"),
-    ("val", [], "tokenizer ends at"),
-    ("meta.json", [], "meta.json is damaged"),
-    ("tokenizer.json", [], "not the one the tokens were made with"),
     ("", ["--hours", "nan"], "--hours must be a positive number"),
     ("", ["--hours", "soon"], "invalid float"),
     ("", ["--hours", "1e-9"], "over before the first step"),
     ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
-    ("", ["--width", "100", "--heads", "3"], "even multiple of --heads"),
-    ("", ["--generator-width", "15"], "even and below 64"),
+    ("", ["--width", "100", "--heads", "3"], "even multiple of its 3 heads"),
+    ("", ["--generator-width", "130"], "even multiple of its 2 heads"),
     ("", ["--device", "tpu"], "cannot be used"),
     ("", ["--recipe", "magic"], "crammed or modern or electra"),
     ("", ["--batch", "0"], "must be a positive number"),
@@ -1558,6 +1556,10 @@ def test_an_exported_model_is_the_same_in_transformers(finished, tmp_path, recip
         assert lacks == ({"classifier"} if "Class" in kind and recipe == "modern" else set())
     hidden = trained[""](**batch).last_hidden_state[mask]
     torch.testing.assert_close(hidden, model.encode(ids, mask)[mask], rtol=0, atol=2e-5)
+    trained[""].save_pretrained(tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    torch.testing.assert_close(again(**batch).last_hidden_state[mask], hidden, rtol=0, atol=2e-5)
+    assert (again.bfloat16()(**batch).last_hidden_state[mask] - hidden).abs().mean() < 0.05
     assert set(trained[""].config.layer_types) == {"full_attention"}  # these rows fit any window
 
     if recipe == "electra":
