@@ -53,18 +53,18 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
-DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
+DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); the rest is unused
 
 # Memory is bounded by these two
 PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
-BUCKET_TOKENS = 25_600_000  # rows read or shuffled at once (51 MB)
+BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB)
 
 UNFINISHED = "unfinished"  # the folder inside --out that holds what a run needs to resume
 SAVE_SECONDS = 5  # a killed run loses about this much work
 OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
-RETRY_SECONDS = 30  # between attempts; one attempt of the hub's client takes 20 to 90 s
+RETRY_SECONDS = 30  # between attempts; in each the hub's client tries for 20 s to 10 minutes
 RESUME = "Start the same command again to resume."
 REASONS_SHOWN = 20  # skipped documents that are named; the others are only counted
 
@@ -258,7 +258,7 @@ def local_files(pattern, out):
             f"--source {pattern}: nothing to read there. Give {', '.join(HUB)}, python-docs, or a "
             f"path, folder or glob of {', '.join(READERS)} files; all but .parquet may end in .gz "
             "or .xz")
-    print(f"{len(files):,} files to read; {len(found) - len(files):,} of other kinds are left out")
+    print(f"files to read: {len(files):,}; of other kinds, left out: {len(found) - len(files):,}")
     return files
 
 
@@ -495,7 +495,7 @@ def pack(files, tokenizer_json, work, seq_len, target):
     work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
     total = target if files[0].startswith("hf://") else None
     with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
-        for chunk, packer.cursor, tokenized in work_left:
+        for chunk, cursor, tokenized in work_left:
             for reason in [reason for text, reason in chunk if text is None]:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
@@ -503,6 +503,7 @@ def pack(files, tokenizer_json, work, seq_len, target):
             for document in tokenized:
                 counts[packer.add_document(*document)] += 1
             counts["documents_read"] += len(chunk)
+            packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
                 break

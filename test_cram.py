@@ -10,7 +10,7 @@
 | special tokens are ids 0 to 4 and never read from text | special_tokens* |
 | rows lose nothing and are sorted; both splits; counts | packing*, smallest_corpus*, counts* |
 | every kind of source; bad parts are named and skipped | a_folder*, every_kind*, long_or_damaged* |
-| the hub: default command, faults, outage, revision | default_command*, damaged_shard*, without_a_network* |
+| the hub: default command, faults, outage, revision | default_command* to without_a_network* |
 | killed, stopped, two at once: the same bytes | killed_and_restarted* to starts_over* |
 | the model, ELECTRA and dropout are the papers' | parameters* to sampled_tokens* |
 | settings, schedules, optimizers, masks, order of rows | defaults* to a_long_budget* |
@@ -405,7 +405,7 @@ def test_a_folder_is_read_also_if_it_is_the_output(tmp_path, rows):
         sentences(i, 8).translate(other_letters) for i in range(99)])
     (out / "linked").symlink_to(tmp_path, target_is_directory=True)
     printed = rows(out, "data", TOKENIZER_CHARS=8000, PIECE=500)
-    assert "2 files to read; 2 of other kinds" in printed
+    assert "to read: 2; of other kinds, left out: 2" in printed
     assert "complete already" in rows(out, "data")  # its own files are no new text
     vocab = tokenizer_of(out).get_vocab()
     assert sum(word in vocab for word in WORDS) > 50
