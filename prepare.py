@@ -191,10 +191,9 @@ def read_txt(stream, path):
 def read_parquet(_, path):
     import datasets  # only here and for the hub: it takes seconds
 
-    # One file and one column at a time: other columns may differ from file to file. Without
-    # batch_size a file that has no rows would be an error.
+    # One file at a time: other columns may differ from file to file, and are not read
     rows = datasets.load_dataset("parquet", data_files=glob.escape(path), columns=["text"],
-                                 batch_size=1000, split="train", streaming=True)
+                                 split="train", streaming=True)
     for number, row in enumerate(rows, 1):
         yield text_of(row, f"{path} row {number}")
 

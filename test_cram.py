@@ -368,8 +368,8 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, rows):
     expected = check_rows(texts, out, density=0.168, val_every=3, val_rows=20)
     assert 50 < meta_of(out)["dropped_density"] < 250 and meta_of(out)["val_rows"] == 20
 
-    train, tokenizer = rows_of(out), tokenizer_of(out)
-    dots = (train == tokenizer.token_to_id(".")).sum(1)
+    train = rows_of(out)
+    dots = (train == tokenizer_of(out).token_to_id(".")).sum(1)
     assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
     place = {row: i for i, row in enumerate(expected)}
     ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
@@ -379,9 +379,6 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, rows):
 
     p = np.unique(train, return_counts=True)[1] / train.size
     assert meta_of(out)["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
-    text = tokenizer.decode([t for row in expected for t in row if t != cram.SEP])
-    words = set(text.replace(" ##", "").split())
-    assert words <= set(" ".join(texts).replace(".", " .").split()) | set(text.split()[-1:])
 
 
 def test_the_smallest_corpus_has_both_splits(tmp_path, rows):
@@ -453,17 +450,18 @@ def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypat
     parts = [part for part, _ in read("t.txt", text.encode())]  # in pieces cut at line ends
     assert "".join(parts) == text and len(parts) > 10
     assert all(part.endswith("\n") for part in parts[:-1])
-    cut = [*prepare.pieces("word " * 500)]  # or at spaces
-    assert "".join(cut) == "word " * 500 and len(cut) == 3 and max(map(len, cut)) <= 1000
-    assert not any(part[-1:] in "wor" and part[-4:] != "word" for part in cut)
+    cut = [*prepare.pieces("words " * 500)]  # or at spaces
+    assert "".join(cut) == "words " * 500 and max(map(len, cut)) <= 1000
+    assert {*" ".join(cut).split()} == {"words"}
 
     *parts, (none, reason) = read("line.txt", "word’".encode() * 400 + b"caf\xe9 \xff" + b"w" * 9)
     assert "".join(part for part, _ in parts) == "word’" * 400 + "caf\ufffd \ufffd" + "w" * 9
     assert none is None and "2 bytes that are not UTF-8" in reason
     packed = lzma.compress(b"".join(
         b'{"text": "%s"}\n' % sentences(i, 20).encode() for i in range(400)))
-    *documents, (none, reason) = read("cut.jsonl.xz", packed[: len(packed) // 2])
-    assert len(documents) > 50 and all(text for text, _ in documents) and "cut off" in reason
+    for damage in (b"", bytes(1000)):
+        *documents, (_, reason) = read("cut.jsonl.xz", packed[: len(packed) // 2] + damage)
+        assert len(documents) > 50 and all(text for text, _ in documents) and "cut off" in reason
 
 
 @pytest.mark.parametrize("content, args, words", [
