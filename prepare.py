@@ -204,7 +204,7 @@ DAMAGE = (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def kind(path):
-    """".jsonl" of a.JSONL.gz"""
+    """The ending in lower case, without .gz and .xz: .jsonl of a.JSONL.gz"""
     return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
