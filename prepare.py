@@ -20,7 +20,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import lzma
 import multiprocessing
 import os
@@ -31,18 +30,13 @@ import sysconfig
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
@@ -59,22 +53,20 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
 TOKENS_A6000_DAY = 8_900_000_000  # 24 h at the 103 k tokens/s of the paper's A6000
 MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
-DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `DuplicateTable`
+DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); the rest is unused
 
-# Memory is bounded by these
-MAX_DOCUMENT = 50_000_000  # bytes; a longer document is skipped
-MAX_LIST = 100_000_000  # bytes of a .json file that is one list; a longer one is skipped
+# Memory is bounded by these two
 PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
-BUCKET_TOKENS = 25_600_000  # shuffled at once (51 MB)
-READ_TOKENS = 8_388_608  # read at once when ordering rows (17 MB)
+BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB)
 
+UNFINISHED = "unfinished"  # the folder inside --out that holds what a run needs to resume
 SAVE_SECONDS = 5  # a killed run loses about this much work
 OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
-RETRY_SECONDS = 30  # between attempts; one attempt of the hub's client takes 20 to 90 s
+RETRY_SECONDS = 30  # between attempts; in each the hub's client tries for 20 s to 10 minutes
 RESUME = "Start the same command again to resume."
-REASONS_SHOWN = 20  # skipped documents and files that are named; the others are only counted
+REASONS_SHOWN = 20  # skipped documents that are named; the others are only counted
 
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
@@ -101,37 +93,31 @@ AFTER_DECOMPOSING = [  # in lower case
     ("ß", "ss"), ("æ", "ae"), ("œ", "oe"), ("þ", "th"),  # letters that do not decompose
     ("[đð]", "d"), ("ø", "o"), ("ł", "l"), ("ı", "i"), ("ħ", "h"),
     (r"[\p{M}\p{Cf}]+", ""),  # accents, now set apart; soft hyphens, zero-width characters
-]
-LAST = [
     ("``|''", '"'),
     (r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # leaves single spaces alone: twice as fast
 ]
 
 
-def build_normalizer(ascii_only=False):
+def build_normalizer():
     """Lower-case ASCII without accents, single spaces (paper section 4.4).
 
     The paper drops every character outside ASCII. We deviate: the tables above replace what they
-    can, the rest (other scripts, emoji, controls) becomes a space. `ascii_only` gives the same
-    result for ASCII text in a quarter of the time.
+    can, the rest (other scripts, emoji, controls) becomes a space.
     """
     def replace(table):
         return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
 
-    if ascii_only:
-        steps = [normalizers.Lowercase()]
-    else:
-        steps = [*replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
-                 *replace(AFTER_DECOMPOSING)]
-    return normalizers.Sequence([*steps, *replace(LAST), normalizers.Strip()])
+    return normalizers.Sequence([
+        *replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
+        *replace(AFTER_DECOMPOSING), normalizers.Strip()])
 
 
-NORMALIZER, ASCII_NORMALIZER = build_normalizer(), build_normalizer(ascii_only=True)
+NORMALIZER = build_normalizer()
 
 
 def normalize(text):
-    if text.isascii():
-        return ASCII_NORMALIZER.normalize_str(text)
+    if text.isascii():  # the same result, ten times as fast
+        return re.sub(r"[^\x21-\x7e]+", " ", re.sub("``|''", '"', text.lower())).strip()
     # Broken JSON escapes give halves of surrogate pairs, which the library refuses
     return NORMALIZER.normalize_str(text.encode("utf-8", "ignore").decode())
 
@@ -169,43 +155,25 @@ def train_tokenizer(texts, vocab_size):
 
 
 def text_of(row, where):
-    if not isinstance(row, dict) or "text" not in row:
-        return None, f'{where}: no column "text", but {row!a:.120}'
-    if not isinstance(row["text"], str):
-        return None, f'{where}: column "text" holds {type(row["text"]).__name__}, not a string'
-    if len(row["text"]) > MAX_DOCUMENT:
-        return None, f"{where}: over {MAX_DOCUMENT:,} characters"
-    return row["text"], None
-
-
-def read_jsonl(stream, path):
-    number = 0
-    while line := stream.readline(MAX_DOCUMENT):
-        number += 1
-        where = f"{path} line {number}"
-        if len(line) == MAX_DOCUMENT and not line.endswith(b"\n"):
-            while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
-                pass  # to the end of the line, without holding it
-            yield None, f"{where}: over {MAX_DOCUMENT:,} bytes"
-        elif not line.isspace():
-            try:
-                yield text_of(json.loads(line), where)
-            except (ValueError, RecursionError) as error:
-                yield None, f"{where}: not UTF-8 JSON ({error})"
+    text = row.get("text") if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return text, None
+    return None, f'{where}: no text in a column "text", but {row!a:.120}'
 
 
 def read_json(stream, path):
-    """Lines as in .jsonl, or one list of rows, which is held in memory."""
-    start = stream.read(1000).decode("utf-8-sig", "ignore").lstrip()
+    """A row a line, or one list of rows, which is held in memory."""
+    is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
-    if not start.startswith("["):
-        yield from read_jsonl(stream, path)
-        return
-    content = stream.read(MAX_LIST + 1)
-    if len(content) > MAX_LIST:
-        raise ValueError(f"a list of over {MAX_LIST:,} bytes; make it lines: jq -c '.[]'")
-    for number, row in enumerate(json.loads(content), 1):
-        yield text_of(row, f"{path} row {number}")
+    for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
+        where = f"{path} row {number}"
+        if is_list:
+            yield text_of(row, where)
+        elif not row.isspace():
+            try:
+                yield text_of(json.loads(row), where)
+            except ValueError as error:
+                yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
 def read_txt(stream, path):
@@ -220,25 +188,23 @@ def read_txt(stream, path):
         yield None, f"{path}: {replaced:,} bytes that are not UTF-8 (or U+FFFD) became spaces"
 
 
-def read_parquet(stream, path):
+def read_parquet(_, path):
     import datasets  # only here and for the hub: it takes seconds
 
-    # One file and one column at a time: other columns may differ from file to file. Without
-    # batch_size a file that has no rows would be an error.
+    # One file at a time: other columns may differ from file to file, and are not read
     rows = datasets.load_dataset("parquet", data_files=glob.escape(path), columns=["text"],
-                                 batch_size=1000, split="train", streaming=True)
+                                 split="train", streaming=True)
     for number, row in enumerate(rows, 1):
         yield text_of(row, f"{path} row {number}")
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+READERS = {".txt": read_txt, ".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
-KINDS = ", ".join(READERS)
-DAMAGE = (EOFError, ValueError, RecursionError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
+DAMAGE = (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def kind(path):
-    """".jsonl" of a.JSONL.gz"""
+    """The ending in lower case, without .gz and .xz: .jsonl of a.JSONL.gz"""
     return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
@@ -255,21 +221,16 @@ def read_file(path):
         bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
         if not (bad_page or isinstance(error, DAMAGE)):
             raise  # a fault of the disk or the network
-        yield None, f"{path}: the file is damaged, cut off or too large ({error!r:.120})"
+        yield None, f"{path}: the file is damaged or cut off ({error!r:.120})"
 
 
-def python_docs(_):
+def read_python_docs(_):
     """The documentation inside every CPython: the language reference and all docstrings."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some Linux distributions put it into a package of its own
-        topics = {}
-    for _, text in sorted(topics.items()):
-        yield text, None
+    from pydoc_data.topics import topics
 
-    library = Path(sysconfig.get_path("stdlib"))
+    yield from ((text, None) for _, text in sorted(topics.items()))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(library.rglob("*.py")):
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" in path.parts or "dist-packages" in path.parts:
             continue
         try:
@@ -280,50 +241,30 @@ def python_docs(_):
         yield "\n".join(filter(None, docs)), None
 
 
-# A source of your own: a function that yields documents as a reader does, under its --source name
-BUILT_IN = {"python-docs": python_docs}
-
-
-def count_kinds(kinds):
-    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(kinds).items())) or "none"
-
-
 def local_files(pattern, out):
-    """The readable files of a path, folder or glob, sorted. Prints what is read and what is not."""
-    path, out = Path(pattern), out.resolve()
-    found = path.rglob("*") if path.is_dir() else (
-        [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True)))
-    ours = (out / "meta.json", out / "tokenizer.json")
-    files, others = [], []
-    for f in sorted(found):
-        if f.resolve() in ours or out / "work" in f.resolve().parents:
-            continue
-        if f.is_file() and kind(str(f)) in READERS:
-            files.append(str(f))
-        elif f.is_file():
-            others.append(kind(str(f)) or "without ending")
-        elif f.is_symlink():
-            others.append("linked folders")
+    """The readable files of a path, folder or glob, sorted. Links to folders are not followed."""
+    path = Path(pattern)
+    if path.is_dir():
+        found = path.rglob("*")
+    else:
+        found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
+    ours = {out / name for name in ("meta.json", "tokenizer.json", UNFINISHED)}
+    found = [f for f in sorted(found)
+             if f.is_file() and not ours & {f.resolve(), *f.resolve().parents}]
+    files = [str(f) for f in found if kind(str(f)) in READERS]
     if not files:
         raise SystemExit(
-            f"--source {pattern}: nothing to read there (other files: {count_kinds(others)}). Give "
-            f"one of {', '.join([*HUB, *BUILT_IN])}, or a path, folder or glob of {KINDS} files; "
-            "all but .parquet may end in .gz or .xz")
-    print(f"files: {count_kinds(map(kind, files))}; not read: {count_kinds(others)}")
+            f"--source {pattern}: nothing to read there. Give {', '.join(HUB)}, python-docs, or a "
+            f"path, folder or glob of {', '.join(READERS)} files; all but .parquet may end in .gz "
+            "or .xz")
+    print(f"files to read: {len(files):,}; of other kinds, left out: {len(found) - len(files):,}")
     return files
 
 
-def hub_files(name, known):
-    """The files of a repository on the hub: hf://datasets/NAME@REVISION/PATH. A resumed run passes
-    the files it began with as `known`: the repository may have changed since."""
+def hub_files(name):
+    """The files of a repository on the hub: hf://datasets/NAME@REVISION/PATH."""
     import datasets
 
-    datasets.disable_progress_bars()
-    for library in ("datasets", "huggingface_hub"):  # they log each of their own retries
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-    if known:
-        return known
     try:
         return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
     except Exception as error:  # of any of four HTTP libraries
@@ -338,52 +279,27 @@ def documents(files, file=0, row=0):
     outage_began = None
     while file < len(files):
         path = files[file]
-        on_hub = path.startswith("hf://")
-        if row and on_hub:
-            tqdm.write(f"reading {path} again from its start, up to document {row:,}")
+        read = read_python_docs if path == "python-docs" else read_file
         try:
-            for text, reason in itertools.islice(BUILT_IN.get(path, read_file)(path), row, None):
+            for text, reason in itertools.islice(read(path), row, None):
                 outage_began = None
                 row += 1
                 yield text, reason, (file, row)
             file, row = file + 1, 0
         except Exception as error:
-            if not on_hub:
+            if not path.startswith("hf://"):
                 raise
             outage_began = outage_began or time.monotonic()
             if time.monotonic() - outage_began > OUTAGE_SECONDS:
                 raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
                                  f"({error!r:.120}). {RESUME}") from None
-            tqdm.write(f"the hub does not answer ({error!r:.120}); trying again for up to "
-                       f"{OUTAGE_SECONDS // 60} minutes")
+            tqdm.write(f"the hub does not answer ({error!r:.120}); trying again")
             time.sleep(RETRY_SECONDS)
 
 
-def progress_bar(desc, unit, total, done=0):
+def progress_bar(desc, unit, total=None, done=0):
     return tqdm(desc=desc, unit=unit, unit_scale=True, total=total, initial=done,
                 mininterval=0.1 if sys.stderr.isatty() else 60)
-
-
-def sample(files, limit):
-    """Text to train the tokenizer on, about `limit` characters: a share of each local file by
-    size, or the beginning of another source."""
-    if files[0] in BUILT_IN or files[0].startswith("hf://"):
-        parts, total = [(limit, documents(files))], limit
-    else:
-        sizes = [*map(os.path.getsize, files)]
-        total = min(limit, sum(sizes))
-        parts = [(limit * size / max(1, sum(sizes)), read_file(f)) for f, size in zip(files, sizes)]
-    used = due = 0
-    with progress_bar("tokenizer", "char", total) as bar:
-        for share, part in parts:
-            due += share
-            for text, *_ in part:
-                if used >= due:
-                    break
-                if text:
-                    yield from pieces(text)
-                    bar.update(len(text))
-                    used += len(text)
 
 
 def pieces(text):
@@ -395,9 +311,30 @@ def pieces(text):
         end = text.find("\n", start + 1, limit)
         if end < 0 and limit < len(text):
             end = text.rfind(" ", start + 1, limit)
-        end = end if end > 0 else limit
+        if end < 0:
+            end = limit
         yield text[start:end]
         start = end
+
+
+def tokenizer_texts(files, limit):
+    """About `limit` characters to train the tokenizer on: a share of each local file by size, or
+    the beginning of another source."""
+    parts = [(documents(files), limit)]
+    if os.path.exists(files[0]):
+        sizes = [*map(os.path.getsize, files)]
+        parts = [(documents([f]), limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
+    used = due = 0
+    with progress_bar("tokenizer", "char") as bar:
+        for texts, share in parts:
+            due += share
+            for text, *_ in texts:
+                if used >= due:
+                    break
+                if text:
+                    yield from pieces(text)
+                    bar.update(len(text))
+                    used += len(text)
 
 
 # ------------------------------------------------------------------------------- 4. Workers
@@ -416,14 +353,15 @@ def start_worker(tokenizer_json):
 
 
 def tokenize_document(text):
-    """(token ids as uint16, characters of the normalised text, its 64-bit hash)"""
-    digest, ids, characters = hashlib.blake2b(digest_size=8), [np.zeros(0, np.uint16)], 0
-    for normal in filter(None, map(normalize, pieces(text))):
-        [encoding] = tokenizer.encode_batch_fast([normal], add_special_tokens=False)
+    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)"""
+    ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
+    for piece in normal:
+        [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
         ids.append(np.array(encoding.ids, np.uint16))
-        digest.update(normal.encode() + b" ")
-        characters += len(normal) + 1  # 1 for the space between pieces
-    return np.concatenate(ids), max(0, characters - 1), int.from_bytes(digest.digest(), "little")
+    ids.append(np.array([SEP], np.uint16))
+    normal = " ".join(normal)
+    digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
+    return np.concatenate(ids), len(normal), int.from_bytes(digest, "little")
 
 
 def tokenize(chunk):
@@ -446,20 +384,16 @@ def chunks(files, start):
 def tokenize_chunks(chunks, tokenizer_json):
     """Yields (chunk, cursor, tokenized documents) in order. All cores work, a few chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores or 1, 61)  # the limit on Windows
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
-        try:
-            for chunk, cursor in chunks:
-                waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
-                if len(waiting) > 2 * cores:
-                    chunk, cursor, future = waiting.popleft()
-                    yield chunk, cursor, future.result()
-            for chunk, cursor, future in waiting:
+        for chunk, cursor in chunks:
+            waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
+            if len(waiting) > 2 * cores:
+                chunk, cursor, future = waiting.popleft()
                 yield chunk, cursor, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for chunk, cursor, future in waiting:
+            yield chunk, cursor, future.result()
 
 
 # ------------------------------------------------------------------------------- 5. Filter and pack
@@ -477,38 +411,11 @@ def write_atomic(path, content):
 
 def open_at(path, size):
     """A file to append to, cut back to the size it had when the progress was saved."""
-    f = open(path, "r+b" if path.exists() else "w+b")
-    if f.seek(0, os.SEEK_END) < size:
+    f = open(path, "ab")
+    if f.tell() < size:
         raise SystemExit(f"{path} is damaged: delete {path.parent} to start over")
     f.truncate(size)
-    f.seek(size)
     return f
-
-
-class DuplicateTable:
-    """The 64-bit hashes of earlier documents, in bounded memory.
-
-    Each hash has one slot and overwrites what is in it, so a copy is missed if its slot was taken
-    in between: after n other documents with probability 1 - exp(-n / 2**25), 3 % after a million.
-    The log restores the table when a run resumes.
-    """
-
-    def __init__(self, path, entries):
-        table = np.zeros(DUPLICATE_SLOTS, np.uint64)
-        self.log = open_at(path, 8 * entries)
-        self.log.seek(0)
-        while len(hashes := np.fromfile(self.log, np.uint64, 2**20)):
-            table[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the later of two in a slot stays
-        self.slots = memoryview(table)
-
-    def add(self, digest):
-        """Add a hash; returns whether it was there already."""
-        slot = digest % DUPLICATE_SLOTS
-        if self.slots[slot] == digest:
-            return True
-        self.slots[slot] = digest
-        self.log.write(digest.to_bytes(8, "little"))
-        return False
 
 
 COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
@@ -516,7 +423,7 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 
 
 class Packer:
-    """Appends documents to work/train.tokens and work/val.tokens.
+    """Appends documents to train.tokens and val.tokens in `work`.
 
     save() flushes them and records how much they hold. A run that resumes cuts off what was
     written after the last save.
@@ -528,13 +435,19 @@ class Packer:
         if self.path.exists():
             progress = json.loads(self.path.read_text())
             self.cursor, self.counts = progress["cursor"], progress["counts"]
-            print(f"resuming after {self.counts['documents_read']:,} documents")
+            print(f"resuming after {self.counts['documents_read']:,} documents; the file they end "
+                  "in is read again up to there")
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
-        self.duplicates = DuplicateTable(work / "document.hashes", self.counts["documents_kept"])
+        self.hashes = open_at(work / "document.hashes", 8 * self.counts["documents_kept"])
+        # Each hash has one slot and overwrites what is in it. This bounds memory, but a copy is
+        # missed if its slot was taken in between: after a million other documents in 3 % of cases
+        self.slots = np.zeros(DUPLICATE_SLOTS, np.uint64)
+        hashes = np.fromfile(self.hashes.name, np.uint64)
+        self.slots[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the last one in a slot stays
 
     def save(self):
-        for f in (self.train, self.val, self.duplicates.log):
+        for f in (self.train, self.val, self.hashes):
             f.flush()
             os.fsync(f.fileno())
         write_atomic(self.path, {"cursor": self.cursor, "counts": self.counts})
@@ -542,14 +455,16 @@ class Packer:
 
     def add_document(self, ids, characters, digest):
         """Write a document unless it is filtered out. Returns the count that it belongs to."""
-        counts = self.counts
+        counts, slot = self.counts, digest % DUPLICATE_SLOTS
         if not characters:
             return "empty"
-        if len(ids) >= MAX_DENSITY * characters:
+        if len(ids) - 1 >= MAX_DENSITY * characters:  # without its SEP
             return "dropped_density"
-        if self.duplicates.add(digest):
+        if self.slots[slot] == digest:
             return "dropped_duplicate"
-        ids = np.append(ids, np.uint16(SEP))
+        self.slots[slot] = digest
+        self.hashes.write(digest.to_bytes(8, "little"))
+
         if counts["val_tokens"] < self.seq_len:  # the first tokens: any corpus has one row
             n_val = self.seq_len - counts["val_tokens"]
         elif digest % VAL_EVERY:  # by hash: a copy in another place goes to the same side
@@ -577,8 +492,8 @@ def pack(files, tokenizer_json, work, seq_len, target):
     if counts["train_tokens"] >= target:
         return counts  # stopped later, when ordering the rows
     work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
-    with progress_bar("tokens", "tok", target if files[0].startswith("hf://") else None,
-                      counts["train_tokens"]) as bar:
+    total = target if files[0].startswith("hf://") else None
+    with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
         for chunk, cursor, tokenized in work_left:
             for reason in [reason for text, reason in chunk if text is None]:
                 counts["invalid"] += 1
@@ -602,8 +517,8 @@ def pack(files, tokenizer_json, work, seq_len, target):
 
 def row_blocks(path, seq_len):
     with open(path, "rb") as f:
-        while len(tokens := np.fromfile(f, np.uint16, READ_TOKENS // seq_len * seq_len)) >= seq_len:
-            yield tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
+        while len(rows := np.fromfile(f, (np.uint16, seq_len), BUCKET_TOKENS // seq_len)):
+            yield rows  # without an incomplete last one
 
 
 def row_key(rows, dot):
@@ -624,14 +539,14 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     for rows in row_blocks(tokens_path, seq_len):
         per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-    n_rows, n_buckets = int(per_key.sum()), -(-per_key * seq_len // BUCKET_TOKENS)
+    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
+    print(f"ordering {per_key.sum():,} rows")
 
     folder, part = work / "buckets", out_path.with_suffix(".part")
-    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left these
-    out_path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left some
     folder.mkdir()
     digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with progress_bar("ordering", "row", 2 * n_rows) as bar, open(part, "wb") as f:
+    with open(part, "wb") as f:
         for rows in row_blocks(tokens_path, seq_len):
             keys = row_key(rows, dot)
             for key in np.unique(keys):
@@ -640,23 +555,21 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
                     with open(folder / f"{key}.{k}", "ab") as bucket:
                         bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
                 dealt[key] += len(same)
-            bar.update(len(rows))
 
         paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
                  for k in range(n_buckets[key])]
         for seed, path in enumerate(paths):
-            rows = np.fromfile(path, np.uint16).reshape(-1, seq_len)
+            rows = np.fromfile(path, (np.uint16, seq_len))
             path.unlink()
             shuffled = rows[np.random.default_rng(seed).permutation(len(rows))].tobytes()
             f.write(shuffled)
             digest.update(shuffled)
-            bar.update(len(rows))
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, out_path)
 
     p = per_token[per_token > 0] / per_token.sum()
-    return n_rows, digest.hexdigest(), float(-(p * np.log(p)).sum())
+    return int(per_key.sum()), digest.hexdigest(), float(-(p * np.log(p)).sum())
 
 
 # ------------------------------------------------------------------------------- 7. All together
@@ -664,10 +577,12 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
 
 def lock_folder(work):
     """Stop if another prepare.py is writing here. A lock ends with its process, even if killed."""
-    f = open(work / "arguments.lock", "w")
+    f = open(work / "lock", "w")
     try:
-        if fcntl:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"another prepare.py is writing to {work.parent}: wait for it, or give "
                          "another --out") from None
@@ -685,10 +600,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="c4", help=(
-        "c4, wikipedia, fineweb-edu (from the hub; the last was filtered with a language model's "
-        "judgements, outside the rules of cramming), python-docs (no network), or a path, folder "
-        f"or glob of {KINDS} files, all but .parquet also .gz or .xz, with a column \"text\" "
-        "(default: %(default)s)"))
+        "c4, wikipedia or fineweb-edu from the hub, python-docs (no network), or a path, folder or "
+        f"glob of {', '.join(READERS)} files, all but .parquet also .gz or .xz, with a column "
+        '"text" (default: %(default)s)'))
     parser.add_argument("--tokens", type=token_count, default=TOKENS_A6000_DAY, help=(
         "stop after about this many training tokens, such as 200M or 1.5G (default: %(default)s, "
         "what the paper's A6000 reads in 24 h; 18 GB on disk, 39 GB while it is made)"))
@@ -698,14 +612,10 @@ def parse_arguments():
     parser.add_argument("--seq-len", type=int, default=128,
                         help="tokens in a row (default: %(default)s)")
     args = parser.parse_args()
-    if not args.source.strip():
-        parser.error("--source is empty")
     if not 256 <= args.vocab_size <= 65_536:
         parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
-    if not 8 <= args.seq_len <= 8192:
-        parser.error("--seq-len must be from 8 to 8192")
-    if not args.seq_len <= args.tokens < 1e14:
-        parser.error("--tokens must be at least one row, and finite")
+    if not 8 <= args.seq_len <= 8192 or not args.seq_len <= args.tokens < 1e14:
+        parser.error("--seq-len must be from 8 to 8192, --tokens at least one row, and finite")
     args.tokens = int(args.tokens)
     return args
 
@@ -714,50 +624,33 @@ def read_earlier(out, work, arguments):
     """What an earlier run in this folder recorded, or {}. Stops if its arguments were different."""
     finished = out / "meta.json"
     path = finished if finished.exists() else work / "arguments.json"
-    if path.exists():
-        record = json.loads(path.read_text())
-        earlier = record.get("arguments", {})
-        if differs := [key for key in arguments if earlier.get(key) != arguments[key]]:
-            raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give another "
-                             f"--out, or delete {finished} and {work} to start over")
-        return record
-    if work.exists() and any(work.iterdir()) and not any(work.glob("arguments.*")):
-        raise SystemExit(f"{work} holds files that prepare.py did not write: give another --out")
-    return {}
-
-
-def printable(path):
-    """A file name in which bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def print_documents(counts):
-    read = counts["documents_read"]
-    dropped = (f"{counts[key]:,} {key.replace('dropped_', '')} ({counts[key] / max(1, read):.2%})"
-               for key in ("invalid", "empty", "dropped_density", "dropped_duplicate"))
-    print(f"documents: {read:,} read, {counts['documents_kept']:,} kept; dropped: "
-          f"{', '.join(dropped)}")
-    if counts["dropped_density"] > 0.1 * read:
-        print("With a small --vocab-size ordinary text is too dense as well: try a larger one")
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    earlier = record.get("arguments", {})
+    if differs := [key for key in arguments if earlier.get(key) != arguments[key]]:
+        raise SystemExit(f"{out} holds data made with other {', '.join(differs)}: give another "
+                         f"--out, or delete {finished} and {work} to start over")
+    return record
 
 
 def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        tokenizer = train_tokenizer(sample(files, TOKENIZER_CHARS), args.vocab_size)
-        write_atomic(tokenizer_path, tokenizer.to_str().encode())
+        texts = tokenizer_texts(files, TOKENIZER_CHARS)
+        write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab_size = tokenizer.get_vocab_size()
 
     counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
-    print_documents(counts)
+    print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    if counts["dropped_density"] > 0.1 * counts["documents_read"]:
+        print("With a small --vocab-size ordinary text is too dense as well: try a larger one")
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
-        if not any(out.iterdir()):
-            out.rmdir()
         raise SystemExit(
             f"--source {args.source}: too little text: {tokens:,} tokens of "
             f"{counts['documents_read']:,} documents. Training and validation need a row of "
@@ -784,26 +677,24 @@ def prepare(files, args, out, work):
 
 def main():
     args = parse_arguments()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
-    out, work = Path(args.out), Path(args.out) / "work"
-    arguments = {"version": VERSION, "source": printable(args.source), "tokens": args.tokens,
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    out, work = Path(args.out), Path(args.out) / UNFINISHED
+    arguments = {"version": VERSION, "source": args.source, "tokens": args.tokens,
                  "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": []}
-    if args.source not in (*HUB, *BUILT_IN):
-        files = local_files(args.source, out)
-        arguments["files"] = [[printable(f), os.path.getsize(f)] for f in files]
+    files = [args.source]
+    if args.source not in (*HUB, "python-docs"):
+        files = local_files(args.source, out.resolve())
+        arguments["files"] = [[f, os.path.getsize(f)] for f in files]
+    record = {"source": args.source, "arguments": arguments}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # a run killed at its very end leaves it
         print(f"{out} is complete already")
         return
 
-    record = {"source": arguments["source"], "arguments": arguments}
-    if args.source in HUB:
-        record["hub_files"] = files = hub_files(args.source, earlier.get("hub_files"))
+    if args.source in HUB:  # a resumed run keeps to its revision: the hub's may have changed
+        record["hub_files"] = files = earlier.get("hub_files") or hub_files(args.source)
         record["revision"] = re.search("@([0-9a-f]+)/", files[0])[1]
-    elif args.source in BUILT_IN:
-        files = [args.source]
     work.mkdir(parents=True, exist_ok=True)
     with lock_folder(work):
         write_atomic(work / "arguments.json", record)
@@ -818,8 +709,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # `| head` has gone, perhaps in the middle of drawing a progress bar:
-        os._exit(1)  # an orderly exit could wait for the lock of that bar for ever
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
         sys.exit(f"prepare.py stopped: {error}. {RESUME}")
     except KeyboardInterrupt:
