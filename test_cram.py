@@ -114,9 +114,9 @@ def command(module, *args, refused=None, encoding="utf-8", **flags):
     argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (
         signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv = [module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])]
-    screen = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+    screen, errors = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True), io.StringIO()
     try:
-        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
             if refused is None:
                 module.main()
             else:
@@ -128,8 +128,8 @@ def command(module, *args, refused=None, encoding="utf-8", **flags):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         printed = screen.buffer.getvalue().decode(encoding)
-        print(printed)  # for pytest, which shows it if the test fails
-    assert refused is None or refused in printed
+        print(printed, errors.getvalue())  # for pytest, which shows it if the test fails
+    assert refused is None or refused in printed + errors.getvalue()
     return printed
 
 
@@ -1815,7 +1815,7 @@ def test_fine_tuning_learns_and_each_prediction_stands_beside_its_row(glue, tmp_
     write_glue(tmp_path / "glue", "mnli", train=512, validation=63)
     began = time.time()
     printed = glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
-    [said] = re.findall(r"^about (\d+):(\d\d) left", printed, re.M)
+    [said] = re.findall(r"about (\d+):(\d\d) left", printed)
     assert 0.2 < (60 * int(said[0]) + int(said[1])) / (time.time() - began) < 3
     assert min(results_in(glue.folder)["mnli", 0].values()) > 95
     for file in ("MNLI-m", "MNLI-mm"):
