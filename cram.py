@@ -677,7 +677,7 @@ def train(s, saved=None):
             total = total + metrics.detach()
         return total
 
-    with clock.part("compile"):
+    with clock.part("compile"):  # before `restore`: the search sets the optimizers' states to zero
         microbatch = s.microbatch or (512 if device.type == "cuda" else 32)
         if use_compile or device.type == "cuda":
             microbatch = find_microbatch(
