@@ -102,7 +102,6 @@ def matthews(predicted, labels):
 
 
 def pearson(predicted, labels):
-    """Linear correlation."""
     x, y = predicted.astype(float), labels.astype(float)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
@@ -451,14 +450,14 @@ def write_test_files(folder, trial, splits):
         (folder / f"{file}.tsv").write_text("index\tprediction\n" + rows, newline="\n")
 
 
-def print_table(results):
-    """Median and spread of each task's trials, beside the paper's scores. Expects results of one
-    checkpoint and one set of settings; if a task's data changed, only the newest data counts."""
+def print_table(results, digests):
+    """Median and spread of each task's trials, beside the paper's scores. All results share their
+    checkpoint and settings; of several versions of a task's data digests[task] counts, or the last."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
     medians, note = {}, ""
     for name, task in TASKS.items():
         trials = [result for result in results if result["task"] == name]
-        trials = [result for result in trials if result["data"] == trials[-1]["data"]]
+        trials = [r for r in trials if r["data"] == digests.get(name, trials[-1]["data"])]
         for split in task.validation if trials else ():
             row = name + split.removeprefix("validation").replace("_", "-")
             scores = [result["scores"][split] for result in trials]
@@ -566,7 +565,8 @@ def main():
         gc.collect()  # compiled models refer to themselves; the next trials need their memory
         torch.cuda.empty_cache()
     bar.close()
-    print_table([result for result in update_results(path) if common.items() <= result.items()])
+    print_table([result for result in update_results(path) if common.items() <= result.items()],
+                {name: digest for name, (_, digest) in data.items()})
     print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 
