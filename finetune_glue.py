@@ -134,11 +134,11 @@ def read_split(name, split, folder):
             raise CramError(f"cannot load {where} from the Hugging Face hub; without a network, "
                             f"give --data. {type(error).__name__}: {error}") from None
     else:
-        where, opened = Path(folder, name, f"{split}.jsonl"), open
+        where, open_file = Path(folder, name, f"{split}.jsonl.xz"), lzma.open
         if not where.exists():
-            where, opened = where.with_suffix(".jsonl.xz"), lzma.open
+            where, open_file = where.with_suffix(""), open
         try:
-            with opened(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
+            with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
                 rows = [json.loads(line) for line in f if line.strip()]
         except (ValueError, EOFError, lzma.LZMAError) as error:
             raise CramError(f"{where} cannot be read: {error}") from None
