@@ -172,7 +172,7 @@ def read_json(stream, path):
         elif not row.isspace():
             try:
                 yield text_of(json.loads(row), where)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: nested too deep
                 yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
