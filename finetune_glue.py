@@ -5,16 +5,16 @@
     python finetune_glue.py --task all --test         # also the files that the GLUE server takes
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
-The settings are GLUE_sane of "Cramming" (arXiv 2212.14034): one set of hyper-parameters for all
-tasks, five epochs, the score after the last one, the median of five trials. No task trains on
-another task's data. Only dropout depends on the model, see --dropout.
+The settings are those of "Cramming" (arXiv 2212.14034; GLUE_sane in its code): the same
+hyper-parameters for all tasks, five epochs, scored after the last, the median of five trials. Every
+task starts from the checkpoint, none from a model tuned on MNLI. For dropout see --dropout.
 
-A step on 16 short rows is a thousand small kernels, and launching them takes longer than running
-them. On a CUDA card a whole step is therefore recorded once, as a CUDA graph, and replayed. One
-such step does not fill the card, so the trials of a task run side by side.
+A step on 16 short rows runs about a thousand small kernels, and launching them takes longer than
+running them. On CUDA the whole step is therefore recorded once, as a CUDA graph, and replayed. One
+step does not fill the card, so the trials of a task run side by side.
 
 A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
-glue.json is not run again. The file does not know this code: if you change it, move the file away.
+glue.json is not run again. After changing this script, move glue.json away: it records no code.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkp
 
 
 class Task(NamedTuple):
-    columns: tuple  # of the text: one sentence, or a pair
+    columns: tuple  # with text: one sentence or a pair
     labels: tuple  # names of labels 0, 1, ...; empty: regression on 0 to 5
     metric: str  # one of METRICS
-    train_rows: int | None = None  # of GLUE's training set; another number is a subset
-    test: dict = {}  # split -> the GLUE server's name of its file
+    train_rows: int | None = None  # the official number; with any other the table says "subset"
+    test: dict = {}  # split -> name of the file for the GLUE server
     validation: tuple = ("validation",)  # splits
 
 
@@ -72,13 +72,13 @@ TASKS = {
 EIGHT = [name for name, task in TASKS.items() if task.train_rows]  # --task all
 PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
-# Crammed v2 on the validation sets, the best of 5 runs of 24 h on an A6000 (arXiv 2212.14034)
+# Crammed v2 on the validation sets, two for MNLI: the best of five runs of 24 h on an A6000
 PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87.4, "rte": 58.5,
          "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
 
 MAX_LENGTH = 128  # tokens of an example
-BUCKET = 32  # batches are padded to a multiple of it. Two kinds of block in four lengths are the
-#              eight codes that torch.compile keeps (recompile_limit)
+BUCKET = 32  # batches are padded to multiples of it: 32, 64, 96, 128. Four lengths and two kinds
+#              of block are eight compiled versions, the limit of torch.compile (recompile_limit)
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -122,8 +122,8 @@ class Split(NamedTuple):
 
 
 def read_split(name, split, folder):
-    """The rows of a split: <folder>/<task>/<split>.jsonl or .jsonl.xz, or the hub's nyu-mll/glue.
-    Raises CramError or OSError if they cannot be read or are not what the task needs."""
+    """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or else nyu-mll/glue on the hub.
+    Raises CramError or OSError if they cannot be read or do not fit the task."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -147,7 +147,7 @@ def read_split(name, split, folder):
 
 
 def check_rows(rows, task, is_test, where):
-    """Raise CramError for rows that are not what the task needs; the first of them is shown."""
+    """Raise CramError, showing the first row that does not fit the task, if there is one."""
     top = len(task.labels) - 1 if task.labels else 5
     needs = f"{' and '.join(task.columns)} as text, " + (
         "idx counting from 0, as the GLUE server goes by it" if is_test else
@@ -167,13 +167,13 @@ def check_rows(rows, task, is_test, where):
 
 
 def load_task(name, args, tokenizer, device):
-    """The splits of a task as {name: Split} on the device, and a hash of train and validation."""
-    task, splits, content = TASKS[name], {}, []
+    """{name: Split} of a task, on the device, and a hash of its training and validation data."""
+    task, splits, hashed = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows, is_test = read_split(name, split, args.data), split in task.test
         texts = [[row[column] for row in rows] for column in task.columns]
         labels = [0 if is_test else row["label"] for row in rows]
-        content += [] if is_test else [texts, labels]
+        hashed += [] if is_test else [texts, labels]
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
                     for parts in zip(*tokens)]
@@ -190,7 +190,7 @@ def load_task(name, args, tokenizer, device):
         raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
     if task.train_rows not in (None, rows):
         print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
-    return splits, sha256(json.dumps(content).encode())
+    return splits, sha256(json.dumps(hashed).encode())
 
 
 def build_example(parts, max_length):
@@ -202,10 +202,10 @@ def build_example(parts, max_length):
 
 
 def epoch_batches(split, seed, args):
-    """The row numbers (steps, B) of each step of a trial, and the length (steps,) it is padded to.
-    Each row comes once an epoch, in random order, but the last, smaller batch is dropped."""
-    shuffle, N, B = np.random.default_rng(seed), len(split.lengths), args.batch_size
-    rows = [shuffle.permutation(N)[: N // B * B] for _ in range(args.epochs)]
+    """Row numbers (steps, B) and padded length (steps,) of each step of a trial. An epoch reads all
+    rows in a new random order, except for an incomplete last batch."""
+    rng, N, B = np.random.default_rng(seed), len(split.lengths), args.batch_size
+    rows = [rng.permutation(N)[: N // B * B] for _ in range(args.epochs)]
     rows = np.concatenate(rows).reshape(-1, B)
     return rows, split.lengths[rows].max(1)
 
@@ -226,7 +226,7 @@ def sha256(content):
 class Classifier(nn.Module):
     """BERT, then a tanh layer and an output layer on the final state of the first token, <cls>.
 
-    Both layers have biases (config crammed-bert); modernbert's own head is for <mask> and not used.
+    Their biases and the width 1024 are the paper's. ModernBERT's head predicts <mask>: not used.
     forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
     """
 
@@ -236,7 +236,7 @@ class Classifier(nn.Module):
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(1024, classes)
-        for module in bert.modules():  # in pretraining it was 0
+        for module in bert.modules():  # pretraining had none
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
@@ -247,7 +247,7 @@ class Classifier(nn.Module):
 
 
 def lr_at(step, steps, peak):
-    """Linear warm-up over the first 10 % of the task's own steps, then a cosine to zero."""
+    """Linear warm-up over the first 10 % of the task's steps, then a cosine to zero."""
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -256,13 +256,13 @@ def lr_at(step, steps, peak):
 
 # -------------------------------------------------------------------------------- 5. A trial
 
-COMPILE_ROWS = 50_000  # training rows from which compiling pays, some seconds for each length
-FIXED = 48  # the progress bar counts the padded length of each step, plus this: fits an H200
+COMPILE_ROWS = 50_000  # compile from this many training rows on; it takes seconds per length
+OVERHEAD = 48  # for the progress bar a step costs its padded length and this, as timed on an H200
 
 
 def trials_at_once(model, device, dtype, batch_size):
-    """How many trials run side by side: as many as fit in memory, at most eight. A parameter takes
-    16 bytes for weight, gradient and two moments, and in bf16 24 for the activations of 16 rows."""
+    """How many trials run side by side: as many as fit in memory, at most eight. Rule of thumb:
+    16 bytes a parameter (weight, gradient, two moments), and activations 24 in bf16 for 16 rows."""
     if device.type != "cuda":
         return 1
     bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)
@@ -273,10 +273,10 @@ def trials_at_once(model, device, dtype, batch_size):
 class Trial:
     """Fine-tunes a copy of a model on one task with one seed: run_step(0), (1), ..., then scores().
 
-    step() is the same code on every device. Recorded as a CUDA graph it reads and writes fixed
-    addresses, so whatever changes is copied there: row numbers and learning rate before every step,
+    step() is the same code on every device. A CUDA graph of it reads and writes fixed addresses, so
+    new values are copied into existing tensors: row numbers and learning rate before every step,
     the initial weights after recording. Each trial has its own stream and, for dropout, its own
-    random generator, so that its result does not depend on what runs beside it.
+    random generator: its result does not depend on the trials beside it.
     """
 
     def __init__(self, bert, task, train, seed, dtype, args):
@@ -300,7 +300,7 @@ class Trial:
         self.stream = None
         if self.use_graphs:
             self.record_graphs()
-        self.set_weights(bert, seed, args.scratch)  # after recording, which updates weights
+        self.set_weights(bert, seed, args.scratch)  # last: recording changes the moments
 
     def set_weights(self, bert, seed, scratch):
         """Pretrained or random weights, a new head, no momentum, all in the existing tensors."""
@@ -327,46 +327,46 @@ class Trial:
                     else F.mse_loss(logits[:, 0], labels))
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # to None: the gradients of a graph lie in its own memory
+        self.optimizer.zero_grad()  # to None: each graph allocates its own gradients
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently. It depends on the task alone, so that a seed's score
-        # does not change with the other tasks or the number of trials.
+        # Compiled code rounds differently, so only the task decides whether to compile: a seed's
+        # score must not change with the other tasks or the number of trials
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # Blocks are alike: those of all trials share one code per length (with modernbert two,
-            # as its first block has no norm). Evaluation, with shapes of its own, runs eager.
+            # All blocks of all trials share one compiled version per length (in modernbert two: its
+            # first block has no norm). Evaluation has many other shapes and runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
 
         self.graphs, memory = {}, None
         self.stream = torch.cuda.Stream(self.device)
-        usual = torch.cuda.default_generators[self.device.index]
-        usual_state = usual.graphsafe_get_state()
-        self.generator = usual.clone_state()
+        default = torch.cuda.default_generators[self.device.index]
+        default_state = default.graphsafe_get_state()
+        self.generator = default.clone_state()
         self.stream.wait_stream(torch.cuda.current_stream())
         for T in sorted(set(self.lengths)):
             graph = self.graphs[T] = torch.cuda.CUDAGraph()
             with torch.compiler.set_stance("default"), warnings.catch_warnings():
-                # Three steps first, for what happens only once and must not be in the graph:
-                # compilation, the optimizer's first state, cuBLAS's choice of kernels
-                warnings.filterwarnings("ignore", ".*capturable=True")  # they are not recorded
+                # Three steps first, to do what must not be recorded: compile, create the
+                # optimizer's state, let cuBLAS choose kernels
+                warnings.filterwarnings("ignore", ".*capturable=True")  # for steps not recorded
                 with torch.cuda.stream(self.stream):
                     for _ in range(3):
                         self.step(T)
-                usual.graphsafe_set_state(self.generator)  # dropout draws from this trial's
-                # torch.cuda.graph waits for the card first. All lengths share one memory pool, as
-                # nothing in it has to last until the next replay
+                default.graphsafe_set_state(self.generator)  # dropout draws from this trial's
+                # torch.cuda.graph synchronizes first. All lengths share one memory pool: nothing in
+                # it has to last until the next replay
                 with torch.cuda.graph(graph, pool=memory, stream=self.stream):
                     self.step(T)
-                usual.graphsafe_set_state(usual_state)
+                default.graphsafe_set_state(default_state)
             memory = graph.pool()
 
     def run_step(self, k):
-        """Step k of the trial. On a card it only starts the step, in the trial's stream."""
+        """Step k of the trial. On CUDA this only enqueues it, on the trial's stream."""
         T = self.lengths[k]
-        with torch.cuda.stream(self.stream):  # None without graphs: no change of stream
+        with torch.cuda.stream(self.stream):  # None (no graphs): no change
             self.chosen.copy_(self.rows[k])
             self.lr.copy_(self.lrs[k])
             if self.use_graphs:
@@ -376,7 +376,7 @@ class Trial:
 
     @torch.inference_mode()
     def predict(self, split):
-        """Classes or, in a regression, numbers (N,) for a split."""
+        """Predictions (N,) for a split: classes, or numbers in a regression."""
         self.model.eval()
         order, outputs = torch.from_numpy(np.argsort(split.lengths, kind="stable")), []
         for chosen in order.split(256):  # in order of length, so that little is padded
@@ -386,7 +386,7 @@ class Trial:
                 outputs.append(self.model(ids, attention_mask).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
-            print("the next score is of a trial that diverged: a smaller --lr may help", flush=True)
+            print("the next score is void, its trial diverged: try a smaller --lr", flush=True)
             logits = np.zeros_like(logits)  # the same prediction for every row
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
@@ -398,13 +398,13 @@ class Trial:
 
 
 def run_trials(trials, bar):
-    """Run trials of one task side by side. After the first of their steps, say how long those of
-    all tasks will take; compiling, recording and evaluation are not in it."""
+    """Run trials of one task side by side. After some steps, print how long the steps of all tasks
+    will still take, without compiling, recording and evaluation."""
     steps = len(trials[0].lengths)  # the same number for all
     for k in range(steps):
         for trial in trials:
             trial.run_step(k)
-            bar.update(trial.lengths[k] + FIXED)
+            bar.update(trial.lengths[k] + OVERHEAD)
         if k in (50, steps - 1) and trials[0].use_graphs:
             torch.cuda.synchronize()
         if k == 50:
@@ -414,13 +414,13 @@ def run_trials(trials, bar):
 
 
 # -------------------------------------------------------------------------------- 6. Results
-# glue.json is a list with one line per trial. {task, seed, checkpoint, settings, data, rows} is the
-# key that identifies it; {scores, torch, card} are recorded beside it and never compared.
+# glue.json is a list with one line per trial. {task, seed, checkpoint, settings, data, rows} is its
+# key; {scores, torch, card} are recorded beside it and never compared.
 
 
 def update_results(path, key=None, scores=None):
-    """Read glue.json, replace or add a trial's scores, and write it: all results. Each time it is
-    read again, as another command may have written."""
+    """Read glue.json, add or replace a trial's scores if given, write it and return all results.
+    It is read anew each time, as another command may have written to it."""
     try:
         results = json.loads(path.read_text()) if path.exists() else []
         if not all("scores" in result for result in results):
@@ -438,7 +438,7 @@ def update_results(path, key=None, scores=None):
 
 
 def write_test_files(folder, trial, splits):
-    """Predictions of the test splits, as the GLUE server takes them."""
+    """Write predictions of the test splits in the GLUE server's format."""
     labels, files = trial.task.labels, dict(PLACEHOLDERS)
     for split, file in trial.task.test.items():
         predicted = trial.predict(splits[split])
@@ -452,7 +452,7 @@ def write_test_files(folder, trial, splits):
 
 def print_table(results, digests):
     """Median and spread of each task's trials, beside the paper's scores. All results share their
-    checkpoint and settings; of several versions of a task's data digests[task] counts, or the last."""
+    checkpoint and settings. If a task's data differ, those of digests[task] count, or the last."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
     medians, note = {}, ""
     for name, task in TASKS.items():
@@ -489,7 +489,7 @@ def parse_arguments():
     add("--lr", type=float, default=4e-5, help="peak learning rate" + default)
     add("--dropout", type=float, help="fraction of values set to zero while training (default: the "
         "paper's 0.1; with --model modernbert 0, as in transformers)")
-    add("--seed", type=int, default=0, help="of the first trial; the next has + 1" + default)
+    add("--seed", type=int, default=0, help="of the first trial; each further one adds 1" + default)
     add("--scratch", action="store_true",
         help="random weights of the checkpoint's size, as a control")
     add("--test", action="store_true", help="also run the first trial (again) and write its "
@@ -504,8 +504,8 @@ def parse_arguments():
 
 
 def plan_trials(data, args, common, results, at_once):
-    """[(task, keys of trials to run side by side)] for all trials without a result; with --test
-    also for the first."""
+    """[(task, keys of trials to run side by side)] for all trials that have no result yet, and with
+    --test for the first in any case."""
     groups = []
     for name, (splits, digest) in data.items():
         keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
@@ -522,7 +522,7 @@ def main():
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
     if dtype == torch.float16:
-        dtype = torch.float32  # fp16 needs a loss scaler, which skips steps: a graph cannot
+        dtype = torch.float32  # fp16's loss scaler skips steps, which a graph cannot
     bert, tokenizer = load_checkpoint(args.ckpt, device)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in a sentence is text
     if args.dropout is None:
@@ -532,7 +532,7 @@ def main():
     common = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
               "settings": {name: getattr(args, name) for name in settings}}
 
-    # Everything that can be wrong with files is found before the first step
+    # All errors in files are found before the first step
     path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = update_results(path)
@@ -543,7 +543,7 @@ def main():
     # A folder for each checkpoint, settings and seed: the server never gets a mixture
     test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
 
-    work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + FIXED).sum()
+    work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + OVERHEAD).sum()
                for name, keys in groups for key in keys)
     bar = tqdm(total=int(work), disable=not groups, mininterval=0.1 if sys.stderr.isatty() else 10,
                bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
@@ -551,7 +551,7 @@ def main():
         task, splits = TASKS[name], data[name][0]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
-        bar.unpause()  # the time left is without compiling and recording
+        bar.unpause()  # leaves compiling and recording out of the time left
         run_trials(trials, bar)
         bar.clear()
         for trial, key in zip(trials, keys):
@@ -562,7 +562,7 @@ def main():
             if args.test and key["seed"] == args.seed:  # chosen before its score was known
                 write_test_files(test_folder, trial, splits)
         del trials, trial
-        gc.collect()  # compiled models refer to themselves; the next trials need their memory
+        gc.collect()  # compiled models are reference cycles; the next trials need their memory
         torch.cuda.empty_cache()
     bar.close()
     print_table([result for result in update_results(path) if common.items() <= result.items()],
@@ -578,4 +578,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("finetune_glue.py: the card's memory is too small; try a smaller --batch-size")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on with the trials that are not finished")
+        sys.exit("\nstopped; the same command resumes with the unfinished trials")
