@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
-VERSION = 2  # raise it with every change after which the same text gives other bytes
+VERSION = 2  # raise it with every change that makes the same text give other bytes
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # ids 0..4; cram.py relies on them
 SEP = SPECIAL_TOKENS.index("<sep>")
 
@@ -50,7 +50,7 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default"),
 }
 
-MAX_DENSITY = 0.30  # paper: keep a document iff tokens < t * characters; noise compresses badly
+MAX_DENSITY = 0.30  # paper's t: keep a document iff tokens < t * characters; noise has more
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
@@ -79,7 +79,7 @@ BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
-    # Insertions; the library panics on one before the first character
+    # Insertions. Look-behinds keep them off the first character, where the library panics
     (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
     (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
     (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
@@ -124,9 +124,9 @@ def normalize(text):
 def train_tokenizer(texts, vocab_size):
     """WordPiece from an iterator of strings; the same text gives the same file everywhere.
 
-    The library numbers "##" letters in hash order, which differs between processes and breaks ties
+    The library numbers "##" letters in hash order, which differs between processes and decides
     between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
-    characters that build_normalizer leaves) is passed as such. Then the ids are renumbered:
+    characters that build_normalizer leaves) is passed as special tokens. Then ids are renumbered:
     SPECIAL_TOKENS first, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
@@ -150,7 +150,7 @@ def train_tokenizer(texts, vocab_size):
 
 # ------------------------------------------------------------------------------- 3. Sources
 # A reader yields (text, None) for each document and (None, reason) for one that cannot be read.
-# A file always gives the same documents in the same order: their number is where to resume.
+# A file always gives the same documents in the same order, so that a run can resume by number.
 
 
 def text_of(row, where):
@@ -161,7 +161,7 @@ def text_of(row, where):
 
 
 def read_json(stream, path):
-    """A row a line, or one list of rows, which is held in memory."""
+    """One row per line, or one list of rows, which is held in memory."""
     is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
     for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
@@ -171,7 +171,7 @@ def read_json(stream, path):
         elif not row.isspace():
             try:
                 yield text_of(json.loads(row), where)
-            except (ValueError, RecursionError) as error:  # the latter: nested too deep
+            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
                 yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
@@ -203,12 +203,12 @@ DAMAGE = (EOFError, ValueError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def kind(path):
-    """The ending in lower case, without .gz and .xz: .jsonl of a.JSONL.gz"""
+    """The ending, in lower case and before .gz or .xz: ".jsonl" for a.JSONL.gz."""
     return os.path.splitext(re.sub(r"\.(gz|xz)$", "", path.lower()))[1]
 
 
 def read_file(path):
-    """Documents of one file, local or hf://; of a damaged one those before the damage."""
+    """Documents of one file, local or hf://. A damaged file gives those before the damage."""
     open_file = open
     if path.startswith("hf://"):
         from datasets.utils.file_utils import xopen as open_file
@@ -241,7 +241,7 @@ def read_python_docs(_):
 
 
 def local_files(pattern, out):
-    """The readable files of a path, folder or glob, sorted. Links to folders are not followed."""
+    """Files to read in a path, folder or glob, sorted. Links to folders are not followed."""
     path = Path(pattern)
     if path.is_dir():
         found = path.rglob("*")
@@ -273,8 +273,8 @@ def hub_files(name):
 
 
 def documents(files, file=0, row=0):
-    """Yields (text, reason, cursor): a reader's pair, and the place behind it, from which a later
-    run resumes, as (number of the file, number of documents in it)."""
+    """Yields (text, reason, cursor): a reader's pair and where to resume after it, (file number,
+    documents read from that file). If the hub does not answer, tries again for OUTAGE_SECONDS."""
     outage_began = None
     while file < len(files):
         path = files[file]
@@ -302,8 +302,8 @@ def progress_bar(desc, unit, total=None, done=0):
 
 
 def pieces(text):
-    """Lines of a text, cut at spaces where longer than PIECE: tokenizing takes over 20 bytes of
-    memory a character. Most lines are ASCII, which is faster."""
+    """Split a text into lines, as most are ASCII, which `normalize` is faster on, and lines longer
+    than PIECE at spaces, as tokenizing takes over 20 bytes of memory per character."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -317,8 +317,8 @@ def pieces(text):
 
 
 def tokenizer_texts(files, limit):
-    """About `limit` characters to train the tokenizer on: a share of each local file by size, or
-    the beginning of another source."""
+    """About `limit` characters to train the tokenizer on: the beginning of each local file, in
+    proportion to its size, or the beginning of the hub's data or python-docs."""
     parts = [(documents(files), limit)]
     if os.path.exists(files[0]):
         sizes = [*map(os.path.getsize, files)]
@@ -341,7 +341,7 @@ def tokenizer_texts(files, limit):
 
 
 def start_worker(tokenizer_json):
-    """Runs once in each process. The thread ends the process when its parent has died."""
+    """Runs once in each process. The thread ends the process if its parent dies."""
     global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -352,9 +352,9 @@ def start_worker(tokenizer_json):
 
 
 def tokenize_document(text):
-    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)"""
+    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)."""
     ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
-    for piece in normal:
+    for piece in normal:  # one at a time, to bound memory
         [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
         ids.append(np.array(encoding.ids, np.uint16))
     ids.append(np.array([SEP], np.uint16))
@@ -368,7 +368,7 @@ def tokenize(chunk):
 
 
 def chunks(files, start):
-    """Yields (a list of a reader's pairs, the cursor behind them): the work for one call."""
+    """Yields (list of a reader's pairs, cursor after them): the work of one `tokenize` call."""
     chunk, size = [], 0
     for text, reason, cursor in documents(files, *start):
         chunk.append((text, reason))
@@ -381,7 +381,7 @@ def chunks(files, start):
 
 
 def tokenize_chunks(chunks, tokenizer_json):
-    """Yields (chunk, cursor, tokenized documents) in order. All cores work, a few chunks ahead."""
+    """Yields (chunk, cursor, tokenized documents) in order. All cores work a few chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
@@ -399,7 +399,7 @@ def tokenize_chunks(chunks, tokenizer_json):
 
 
 def write_atomic(path, content):
-    """Write bytes, or anything for JSON, to a temporary file, then rename it."""
+    """Write bytes, or an object as JSON, atomically: temporary file, fsync, rename."""
     part = path.with_suffix(".part")
     with open(part, "wb") as f:
         f.write(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
@@ -409,7 +409,7 @@ def write_atomic(path, content):
 
 
 def open_at(path, size):
-    """A file to append to, cut back to the size it had when the progress was saved."""
+    """Open a file to append to, truncated to its size at the last save."""
     f = open(path, "ab")
     if f.tell() < size:
         raise SystemExit(f"{path} is damaged: delete {path.parent} to start over")
@@ -439,8 +439,8 @@ class Packer:
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
         self.hashes = open_at(work / "document.hashes", 8 * self.counts["documents_kept"])
-        # Each hash has one slot and overwrites what is in it. This bounds memory, but a copy is
-        # missed if its slot was taken in between: after a million other documents in 3 % of cases
+        # A hash overwrites whatever is in its slot. This bounds memory, but a copy is missed if
+        # another hash took the slot in between: 3 % of copies that are a million documents apart
         self.slots = np.zeros(DUPLICATE_SLOTS, np.uint64)
         hashes = np.fromfile(self.hashes.name, np.uint64)
         self.slots[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the last one in a slot stays
@@ -464,14 +464,14 @@ class Packer:
         self.slots[slot] = digest
         self.hashes.write(digest.to_bytes(8, "little"))
 
-        if counts["val_tokens"] < self.seq_len:  # the first tokens: any corpus has one row
+        if counts["val_tokens"] < self.seq_len:  # the first row, so that any corpus has one
             n_val = self.seq_len - counts["val_tokens"]
-        elif digest % VAL_EVERY:  # by hash: a copy in another place goes to the same side
+        elif digest % VAL_EVERY:  # by hash, so that undetected copies go to the same side
             n_val = 0
         elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
             n_val = len(ids)
         else:
-            return "documents_kept"  # val.bin is full, and training must not see it either
+            return "documents_kept"  # written nowhere: val.bin is full and may hold a copy of it
         self.val.write(ids[:n_val].tobytes())
         self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
@@ -489,7 +489,7 @@ def pack(files, tokenizer_json, work, seq_len, target):
     packer = Packer(work, seq_len)
     counts = packer.counts
     if counts["train_tokens"] >= target:
-        return counts  # stopped later, when ordering the rows
+        return counts  # the run was stopped while ordering rows
     work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
     total = target if files[0].startswith("hf://") else None
     with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
@@ -529,7 +529,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
     Rows with the same number are shuffled: training must not see one source file after another.
-    They may not fit in memory, so they are dealt in turn to buckets (files), each shuffled alone.
+    As they may not fit in memory, they are dealt in turn to buckets (files), each shuffled alone.
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
@@ -538,7 +538,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     for rows in row_blocks(tokens_path, seq_len):
         per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)
+    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
     print(f"ordering {per_key.sum():,} rows")
 
     folder, part = work / "buckets", out_path.with_suffix(".part")
@@ -646,7 +646,7 @@ def prepare(files, args, out, work):
     counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
     print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     if counts["dropped_density"] > 0.1 * counts["documents_read"]:
-        print("With a small --vocab-size ordinary text is too dense as well: try a larger one")
+        print("With a small --vocab-size even ordinary text is too dense: try a larger one")
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
@@ -687,7 +687,7 @@ def main():
     record = {"source": args.source, "arguments": arguments}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
-        shutil.rmtree(work, ignore_errors=True)  # a run killed at its very end leaves it
+        shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed at its very end
         print(f"{out} is complete already")
         return
 
