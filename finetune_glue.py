@@ -148,10 +148,9 @@ def read_split(name, split, folder):
 
 def check_rows(rows, task, is_test, where):
     """Raise CramError, showing the first row that does not fit the task, if there is one."""
-    top = len(task.labels) - 1 if task.labels else 5
     needs = f"{' and '.join(task.columns)} as text, " + (
         "idx counting from 0, as the GLUE server goes by it" if is_test else
-        f"a label from 0 to {top}")
+        f"a label from 0 to {len(task.labels) - 1 if task.labels else 5}")
     if not rows:
         raise CramError(f"{where} has no rows")
     for i, row in enumerate(rows):
@@ -261,8 +260,8 @@ OVERHEAD = 48  # for the progress bar a step costs its padded length and this, a
 
 
 def trials_at_once(model, device, dtype, batch_size):
-    """How many trials run side by side: as many as fit in memory, at most eight. Rule of thumb:
-    16 bytes a parameter (weight, gradient, two moments), and activations 24 in bf16 for 16 rows."""
+    """How many trials run side by side: as many as fit in memory, at most eight. A parameter takes
+    16 bytes (weight, gradient, two moments), and per 16 rows about 24 of activations in bf16."""
     if device.type != "cuda":
         return 1
     bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)

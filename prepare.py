@@ -50,7 +50,7 @@ HUB = {  # repository, configuration; all are plain parquet or json, no loading 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default"),
 }
 
-MAX_DENSITY = 0.30  # paper's t: keep a document iff tokens < t * characters; noise has more
+MAX_DENSITY = 0.30  # paper's t: keep a document iff tokens < t * characters; noise compresses badly
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
@@ -302,8 +302,8 @@ def progress_bar(desc, unit, total=None, done=0):
 
 
 def pieces(text):
-    """Split a text into lines, as most are ASCII, which `normalize` is faster on, and lines longer
-    than PIECE at spaces, as tokenizing takes over 20 bytes of memory per character."""
+    """Split a text into lines, and lines longer than PIECE at spaces. Most lines are ASCII, which
+    `normalize` does faster; tokenizing takes over 20 bytes of memory per character."""
     start = 0
     while start < len(text):
         limit = start + PIECE
