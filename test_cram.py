@@ -1497,6 +1497,7 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
     assert average.split() == [f"{sum(nine) / 9:.1f}", "80.7", "subset"]  # the paper's
 
     glue("--task", "all", "--test", *ONE)
+    assert results_in(glue.folder) == scores  # the first trials ran again, and are there once
     [folder] = glue.folder.glob("glue_test*")
     three, two = {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}
     allowed = {"MNLI-m": three, "MNLI-mm": three, "AX": three, "QNLI": two, "RTE": two,
