@@ -1,29 +1,29 @@
 """What the three scripts promise, as tests. No network; everything runs on text made here.
 
     pytest -q                 all, three minutes on two cores
-    pytest -q -m "not slow"   the quick ones, half a minute
+    pytest -q -m "not slow"   the quick ones, 40 seconds
     pytest -q -m cuda         the tests that need a card
 
 | promise | tests (test_...) |
 |---|---|
 | prepare: text becomes lower-case ASCII, no words glued | normalizer* |
 | special tokens are ids 0 to 4 and never read from text | special_tokens* |
-| rows lose nothing and are sorted; both splits; counts | packing*, smallest_corpus*, counts* |
-| every kind of source; bad parts are named and skipped | a_folder*, every_kind*, long_or_damaged* |
-| the hub: default command, faults, outage, revision | default_command* to without_a_network* |
-| killed, stopped, two at once: the same bytes | killed_and_restarted* to starts_over* |
+| rows lose nothing and are sorted; both splits; counts | packing*, counts* |
+| every kind of source; bad parts are named and skipped | a_folder* to long_or_damaged* |
+| the hub: default command, faults, outage, revision | default_command* |
+| killed, stopped, two at once: the same bytes | killed_and_restarted* to two_on_one* |
 | the model, ELECTRA and dropout are the papers' | parameters* to sampled_tokens* |
-| settings, schedules, optimizers, masks, order of rows | defaults* to a_long_budget* |
+| settings, schedules, optimizers, masks, order of rows | defaults* to a_short_budget* |
 | what each recipe computes has not moved | final_loss* |
 | a run learns; log, validation, --fill, load_checkpoint | a_run_learns* to checkpoint_of_an_* |
 | microbatch and processes change no result | microbatch_changes*, two_processes* |
 | the deadline holds | the_clock* |
 | resume is exact, also after kill -9 | interrupted_twice*, finished_run*, stopped_or_killed* |
 | nothing is overwritten; one run a folder | neither_overwritten*, stopped_or_killed* |
-| screens, names and full disks end no run | outlives_its_screen*, names*, full_disk* |
+| screens, names and full disks end no run | stopped_or_killed*, names*, full_disk* |
 | steps, weights that are not finite | step_that_is_not*, diverged*, model_that_is_not* |
 | the microbatch is fitted to memory | the_microbatch_is_halved*, fitted_to_the_card* |
-| torchrun: both stop together, one can go on | a_signal_to_one* |
+| torchrun: both stop together, one can go on | two_processes* |
 | --export is the same model in transformers | exported_model*, cannot_be_exported* |
 | a card: compilation, 16 bits, CUDA graphs | a_compiled_run*, replayed* |
 | GLUE: metrics, examples, schedule, training loop | metrics* to adamw* |
@@ -55,9 +55,9 @@ import sys
 import threading
 import time
 import unicodedata
-import urllib.parse
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models so small are faster on one thread
 
@@ -83,15 +83,16 @@ def flags_of(settings):
     return [x for name, value in settings.items() for x in (f"--{name}".replace("_", "-"), value)]
 
 
-def launch(name, *args, before="", change=None, **popen):
-    """Start one of the scripts as a user does. `change` gives its constants other values, and
-    `before` is Python to run first in its process, where the script is `it`."""
-    command = [sys.executable, HERE / name, *args]
-    if before or change:
-        constants = "".join(f"it.{key}; it.{key} = {value!r}; "
-                            for key, value in (change or {}).items())
-        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; "
-        command[1:2] = ["-c", f"{main}{constants}{before or 'pass'}\nit.main()"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def launch(name, *args, runner=(), before="", **popen):
+    """Start one of the scripts as a user does. `before` is Python to run first in its process,
+    where the script is `it`."""
+    command = [sys.executable, *runner, HERE / name, *args]
+    if before:
+        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; {before}"
+        command[1:2] = ["-c", f"{main}\nit.main()"]
     return subprocess.Popen([*map(str, command)], **{
         "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen})
 
@@ -111,31 +112,22 @@ def script(name, *args, code=0, **launching):
 def command(module, *args, refused=None, encoding="utf-8", **flags):
     """Run a script's main() in this process, as to start one takes seconds: what it prints.
     With refused="words" it must say them and stop."""
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    sys.argv = [module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])]
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    argv = [module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])]
     screen, errors = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True), io.StringIO()
+    error = (cram.CramError, OSError, SystemExit)
+    stop = contextlib.nullcontext() if refused is None else pytest.raises(error)
     try:
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-            if refused is None:
+            with mock.patch("sys.argv", argv), stop as stopped:
                 module.main()
-            else:
-                with pytest.raises((cram.CramError, OSError, SystemExit)) as error:
-                    module.main()
-                print(error.value)
     finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
+        for number, handler in handlers:
             signal.signal(number, handler)
         printed = screen.buffer.getvalue().decode(encoding)
         print(printed, errors.getvalue())  # for pytest, which shows it if the test fails
-    assert refused is None or refused in printed + errors.getvalue()
+    assert refused is None or refused in f"{stopped.value} {errors.getvalue()}"
     return printed
-
-
-@pytest.fixture(name="command")
-def command_fixture():
-    return command
 
 
 LETTERS = random.Random(0)
@@ -159,12 +151,9 @@ def write_jsonl(path, texts):
 SMALL_ROWS = ["--vocab-size", 700, "--seq-len", 32]
 
 
-def prepare_rows(source, out, *args, **launching):
-    """Run prepare.py on a path, a list of texts, or (None) the default: what it prints."""
-    if isinstance(source, list):
-        source = write_jsonl(out.with_name(out.name + ".jsonl"), source)
-    source = [] if source is None else ["--source", source]
-    return script("prepare.py", *source, "--out", out, *SMALL_ROWS, *args, **launching)
+def prepare_rows(out, *args, **launching):
+    """Run prepare.py in a process of its own: what it prints."""
+    return script("prepare.py", "--out", out, *SMALL_ROWS, *args, **launching)
 
 
 def meta_of(out):
@@ -188,7 +177,7 @@ def data(tmp_path_factory):
     """A prepared folder: rows of 32, 700 tokens, one document in a hundred to validate on."""
     folder = tmp_path_factory.mktemp("data")
     texts = [sentences(i, 8 + i % 5) + " <mask> <sep>" * (i == 0) for i in range(400)]
-    prepare_rows(write_jsonl(folder / "text.jsonl", texts), folder / "rows")
+    prepare_rows(folder / "rows", "--source", write_jsonl(folder / "text.jsonl", texts))
     return folder / "rows"
 
 
@@ -202,7 +191,7 @@ def wait_for_log(process, out):
 
 
 @pytest.fixture
-def train(data, tmp_path, monkeypatch):
+def train(data, tmp_path):
     """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
     stop_after=n a signal comes in the n-th step, as from Ctrl-C."""
     def run(out="out", *args, resume=False, stop_after=None, refused=None, **flags):
@@ -214,8 +203,7 @@ def train(data, tmp_path, monkeypatch):
             return real(*mask_args)
 
         args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
-        with monkeypatch.context() as patch:
-            patch.setattr(cram, "mask_tokens", stop)
+        with mock.patch("cram.mask_tokens", stop):
             run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
         return refused is None and read_run(tmp_path / out)
 
@@ -239,28 +227,13 @@ def finished(data, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="session")
-def checkpoint(finished):
-    """ckpt.pt of the paper's recipe."""
-    return finished("crammed") / "ckpt.pt"
-
-
 def read_run(out):
     saved = torch.load(out / "last.pt", weights_only=True)
     return saved, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def same(a, b):
-    """Bit for bit the same, through dictionaries and lists of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
-
-
+# Bit for bit the same, through dictionaries and lists of tensors
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "mfu", "log_bytes")  # the log has times in it
 
 
@@ -270,26 +243,24 @@ def untimed(entry):
 
 def assert_same_run(one, other):
     (a, a_log), (b, b_log) = one, other
-    for key in ("model", "optimizers", "data"):
-        assert same(a[key], b[key]), key
-    assert same(untimed(a["state"]), untimed(b["state"]))
-    assert same([*map(untimed, a_log)], [*map(untimed, b_log)])
+    assert_same([a["model"], a["optimizers"]], [b["model"], b["optimizers"]])
+    assert_same(untimed(a["state"]), untimed(b["state"]))
+    assert_same([*map(untimed, a_log)], [*map(untimed, b_log)])
+    assert a["data"] == b["data"]
 
 
 # --------------------------------------------------------------------------- prepare: text and rows
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch, command):
+def rows(tmp_path):
     """Run prepare.py in this process on a path or a list of texts: what it prints."""
     def run(source, out, *args, refused=None, **constants):
         if isinstance(source, list):
             source = write_jsonl(tmp_path / f"{out}.jsonl", source)
-        with monkeypatch.context() as patch:
-            for name, value in constants.items():
-                patch.setattr(prepare, name, value)
-            return command(prepare, "--source", source, "--out", tmp_path / out, *SMALL_ROWS, *args,
-                           refused=refused)
+        args = ["--source", source, "--out", tmp_path / out, *SMALL_ROWS, *args]
+        with mock.patch.dict(vars(prepare), constants):
+            return command(prepare, *args, refused=refused)
 
     return run
 
@@ -361,10 +332,10 @@ def test_counts_of_what_is_dropped(tmp_path, rows):
         "empty", "invalid", "dropped_duplicate", "dropped_density")) == meta["documents_read"]
 
 
-def reference_rows(texts, tokenizer, seq_len, max_density, val_every, val_max_rows):
-    """Rows to train and to validate on, as plainly as it can be said. A document is dropped if it
-    is dense in tokens. The first row, then one document in val_every, by its hash, validates; what
-    is too much for that is not trained on either."""
+def reference_rows(texts, tokenizer, max_density, val_every, val_max_rows):
+    """Rows of 32 to train and to validate on, as plainly as it can be said. A document is dropped
+    if it is dense in tokens. The first row, then one document in val_every, by its hash, validates;
+    what is too much for that is not trained on either."""
     val, train = [], []
     for text in texts:
         normal = tokenizer.normalizer.normalize_str(text)
@@ -372,27 +343,15 @@ def reference_rows(texts, tokenizer, seq_len, max_density, val_every, val_max_ro
         ids = tokenizer.encode(text, add_special_tokens=False).ids + [cram.SEP]
         if len(ids) - 1 >= max_density * len(normal):
             continue
-        to_val = max(0, seq_len - len(val))
+        to_val = max(0, 32 - len(val))
         if not to_val and int.from_bytes(digest, "little") % val_every == 0:
-            if len(val) >= val_max_rows * seq_len:
+            if len(val) >= val_max_rows * 32:
                 continue
             to_val = len(ids)
         val += ids[:to_val]
         train += ids[to_val:]
-    return [[tuple(stream[i : i + seq_len]) for i in range(0, len(stream) - seq_len + 1, seq_len)]
+    return [[tuple(stream[i : i + 32]) for i in range(0, len(stream) - 31, 32)]
             for stream in (train, val)]
-
-
-def check_rows(texts, out, density=0.3, val_every=100, val_rows=16_384):
-    """Compare prepared texts with the reference. Returns its training rows, not sorted."""
-    train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
-    expected_train, expected_val = reference_rows(
-        texts, tokenizer_of(out), 32, density, val_every, val_rows)
-    assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
-    assert [*map(tuple, val.tolist())] == expected_val[:val_rows]
-    assert 0 < meta["train_rows"] == len(train) and 0 < meta["val_rows"] == len(val)
-    assert meta["documents_kept"] + meta["dropped_density"] == meta["documents_read"] == len(texts)
-    return expected_train
 
 
 def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, rows):
@@ -400,27 +359,24 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, rows):
     out = tmp_path / "d"
     rows(texts, "d", MAX_DENSITY=0.168, VAL_EVERY=3, VAL_MAX_ROWS=20, BUCKET_TOKENS=3200,
          DUPLICATE_SLOTS=7)  # other texts share a slot
-    expected = check_rows(texts, out, density=0.168, val_every=3, val_rows=20)
-    assert 50 < meta_of(out)["dropped_density"] < 250 and meta_of(out)["val_rows"] == 20
+    train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
+    expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3, 20)
+    assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
+    assert [*map(tuple, val.tolist())] == expected_val[:20]
+    assert meta["train_rows"] == len(train) and meta["val_rows"] == len(val) == 20
+    assert meta["documents_kept"] + meta["dropped_density"] == meta["documents_read"] == len(texts)
+    assert 50 < meta["dropped_density"] < 250
 
-    train = rows_of(out)
     dots = (train == tokenizer_of(out).token_to_id(".")).sum(1)
     assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
-    place = {row: i for i, row in enumerate(expected)}
+    place = {row: i for i, row in enumerate(expected_train)}
     ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
     steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
     assert 0.3 < (steps > 0).mean() < 0.7
     assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2  # also across buckets
 
     p = np.unique(train, return_counts=True)[1] / train.size
-    assert meta_of(out)["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
-
-
-def test_the_smallest_corpus_has_both_splits(tmp_path, rows):
-    for documents in (1, 3):
-        texts = [sentences(i, 60 // documents) for i in range(documents)]
-        rows(texts, str(documents))
-        check_rows(texts, tmp_path / str(documents))
+    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
 
 
 # -------------------------------------------------------------------------------- prepare: sources
@@ -453,25 +409,21 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, rows):
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
-    for folder in ("txt", "parquet"):
-        (tmp_path / folder).mkdir()
+    txt, tables = tmp_path / "txt", tmp_path / "parquet"
+    txt.mkdir()
     for i, text in enumerate(texts):
-        (tmp_path / f"txt/{i:03}.txt").write_text(text)
-    tables = tmp_path / "parquet"  # other columns differ, some files have no rows or are no good
-    for name, first, end, extra in (("a[1]", 0, 20, 1), ("b", 0, 0, 1), ("c", 20, 30, "x"),
-                                    ("d", 30, 40, None)):
-        table = datasets.Dataset.from_list([{"id": extra, "text": text} for text in texts])
-        table.select(range(first, end)).to_parquet(tables / f"{name}.parquet")
-    datasets.Dataset.from_list([{"body": "x"}]).to_parquet(tables / "e.parquet")
-    (tables / "f.parquet").write_bytes((tables / "d.parquet").read_bytes()[:300])
-    (tables / "mixed.jsonl").write_text("")
+        (txt / f"{i:03}.txt").write_text(text)
+    # Other columns differ from table to table; one has no text, and one is damaged
+    for name, columns in (("a[1]", {"id": [*range(20)], "text": texts[:20]}),
+                          ("b", {"body": ["x"]}), ("c", {"id": ["x"] * 20, "text": texts[20:]})):
+        datasets.Dataset.from_dict(columns).to_parquet(tables / f"{name}.parquet")
+    (tables / "d.parquet").write_bytes((tables / "c.parquet").read_bytes()[:300])
 
     hashes = set()
-    for source in ("a.jsonl", "*.xz", "a.json", "b.json.gz", "parquet", "txt"):
+    for source in ("a.jsonl", "*.xz", "a.json", "b.json.gz", "txt", "parquet"):
         printed = rows(tmp_path / source, "out-" + source)
         hashes.add(meta_of(tmp_path / ("out-" + source))["train_sha256"])
-        assert source != "parquet" or ("e.parquet" in printed and "f.parquet" in printed)
-    assert len(hashes) == 1
+    assert len(hashes) == 1 and "b.parquet" in printed and "d.parquet" in printed
 
 
 def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypatch):
@@ -502,11 +454,9 @@ def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypat
 
 @pytest.mark.parametrize("content, args, words", [
     (None, [], "nothing to read there"),
-    (b"", [], "too little text: 0 tokens of 0 documents"),
     (b'{"text": "too short"}\n', [], "too little text"),
-    (b'{"text": "x"}\n', ["--vocab-size", 70000], "256 to 65536"),
-    (b'{"text": "x"}\n', ["--tokens", 0], "at least one row"),
-    (b'{"text": "x"}\n', ["--tokens", "inf"], "at least one row, and finite"),
+    (b"", ["--vocab-size", 70000], "256 to 65536"),
+    (b"", ["--tokens", "inf"], "at least one row, and finite"),
 ])
 def test_prepare_says_what_is_wrong(tmp_path, rows, content, args, words):
     if content is not None:
@@ -518,158 +468,90 @@ def test_prepare_says_what_is_wrong(tmp_path, rows, content, args, words):
 # -------------------------------------------------------------------------------- prepare: the hub
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """The Hugging Face hub as far as its client asks it, with files {repository: {path: bytes}}.
-
-    `fault(path)` may give a status to fail with, "cut" to close the connection in the middle of the
-    answer, or None. `asked` lists the paths asked for.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, repositories, home):
-        super().__init__(("127.0.0.1", 0), HubRequest)
-        self.repositories, self.sha = repositories, "a" * 40
-        self.asked, self.fault = [], lambda path: None
-        self.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
-                    "HF_HOME": str(home), "no_proxy": "127.0.0.1"}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, *args):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # of a client that was killed
-            super().handle_error(*args)
+TEXTS = [sentences(i, 30) for i in range(399)]
+IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.001))"
 
 
-class HubRequest(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class HubRequest(http.server.SimpleHTTPRequestHandler):
+    """A request to the fixture `hub`."""
 
     def log_message(self, *args):
         pass
 
-    def reply(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body if not self.close_connection else body[: len(body) // 2])
-
     def do_GET(self):
-        path, hub = urllib.parse.unquote(self.path.partition("?")[0]), self.server
-        hub.asked.append(path)
-        fault = hub.fault(path)
-        self.close_connection = self.close_connection or fault == "cut"
-        found = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)"
-                             r"(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
-        repository, what, revision, name = found.groups() if found else [None] * 4
-        files, sha = hub.repositories.get(repository), hub.sha
-        if revision and len(revision) == 40:
-            sha = revision
-        if isinstance(fault, int):
-            self.reply(fault)
-        elif files is None:
-            self.reply(404, X_Error_Code="RepoNotFound")
-        elif what in (None, "revision"):
-            self.reply(200, json.dumps({
-                "id": repository, "sha": sha, "tags": [], "private": False, "gated": False,
-                "lastModified": "2024-01-01T00:00:00.000Z",
-                "siblings": [{"rfilename": name} for name in files]}).encode())
-        elif what == "tree":
-            under = f"{name}/" if name else ""
-            inside = {file[len(under):].partition("/")[:2] for file in files
-                      if file.startswith(under)}
-            entries = [{"type": "directory" if folder else "file", "oid": "b" * 40,
-                        "path": under + file, "size": len(files.get(under + file, b""))}
-                       for file, folder in sorted(inside)]
-            self.reply(200 if inside else 404, json.dumps(entries).encode(),
-                       X_Error_Code="EntryNotFound")
-        elif name not in files:
-            self.reply(404, X_Error_Code="EntryNotFound")
-        else:
-            first, _, last = self.headers.get("Range", "bytes=0-")[6:].partition("-")
-            part = files[name][int(first) : int(last) + 1 if last else None]
-            self.reply(206 if "Range" in self.headers else 200, part, X_Repo_Commit=sha,
-                       ETag=f'"{hash(files[name])}"', Content_Range=(
-                           f"bytes {first}-{int(first) + len(part) - 1}/{len(files[name])}"))
+        self.server.asked.append(self.path)
+        self.fault = self.server.fault(self.path)
+        self.send_error(self.fault) if isinstance(self.fault, int) else super().do_GET()
 
-    do_HEAD = do_GET
+    def end_headers(self):
+        self.send_header("ETag", f'"{self.path}"')
+        self.send_header("X-Repo-Commit", self.server.sha)
+        super().end_headers()
 
-
-def hub_readme(configuration, **paths):
-    """README.md of a repository on the hub, which says where its splits are."""
-    splits = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in paths.items())
-    return (f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{splits}---\n").encode()
-
-
-def hub_c4(texts, home):
-    """C4 as it lies on the hub: gzipped lines, here in three files."""
-    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) + "\n"
-             for text in texts]
-    files = {f"en/c4-train.{i:05}-of-00003.json.gz": gzip.compress(
-        "".join(lines[i * len(lines) // 3 : (i + 1) * len(lines) // 3]).encode(), mtime=0)
-        for i in range(3)}
-    files["en/c4-validation.00000-of-00001.json.gz"] = gzip.compress(b"")
-    files["README.md"] = hub_readme("en", train="en/c4-train.*.json.gz",
-                                    validation="en/c4-validation.*.json.gz")
-    return Hub({"allenai/c4": files}, home)
-
-
-IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.001))"
-TEXTS = [sentences(i, 30) for i in range(400)]
-
-
-def is_shard(path, number):
-    return path.endswith(f"{number:05}-of-00003.json.gz")
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        outputfile.write(content[: len(content) // (2 if self.fault == "cut" else 1)])
 
 
 @pytest.fixture
-def c4(tmp_path):
-    return hub_c4(TEXTS, tmp_path / "home")
+def hub(tmp_path):
+    """The hub as far as its client asks it for C4, here in three gzipped files of lines.
+    `hub.fault(path)` may give a status to fail with, "cut" to close the connection in the middle of
+    the answer, or None; `hub.asked` lists the paths asked for."""
+    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) for text in TEXTS]
+    files = {f"c4-train.0000{i}.json.gz": gzip.compress(
+        "\n".join(lines[133 * i : 133 * (i + 1)]).encode()) for i in range(3)}
+    tree = [{"type": "file", "path": file, "oid": "b" * 40, "size": len(content)}
+            for file, content in files.items()]
+    about = {"id": "allenai/c4", "sha": "a" * 40, "tags": [], "private": False, "gated": False,
+             "siblings": [{"rfilename": file} for file in files]}
+    readme = (b"---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n"
+              b"    path: c4-train.*.json.gz\n---\n")
+    for path, content in {
+            "datasets/allenai/c4/resolve/main/README.md": readme,
+            f"api/datasets/allenai/c4/revision/{'a' * 40}": json.dumps(about).encode(),
+            f"api/datasets/allenai/c4/tree/{'a' * 40}": json.dumps(tree).encode(),
+            **{f"datasets/allenai/c4/resolve/{'a' * 40}/{file}": files[file] for file in files},
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    hub = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(HubRequest, directory=tmp_path))
+    hub.sha, hub.asked, hub.fault = "a" * 40, [], lambda path: None
+    hub.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+               "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    return hub
 
 
 @slow
-def test_the_default_command_reads_c4_over_an_unreliable_network(c4, tmp_path, rows):
-    prepare_rows(None, tmp_path / "hub", env=c4.env)
-    rows(TEXTS, "local")
+def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path, rows):
+    rows(write_jsonl(tmp_path / "t.jsonl", TEXTS), "local")
+    prepare_rows(tmp_path / "hub", env=hub.env)
     one, other = (files_of(tmp_path / name) for name in ("hub", "local"))
     assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
-    meta = meta_of(tmp_path / "hub")
-    assert meta["documents_read"] == 400 and meta["revision"] == c4.sha
+    assert meta_of(tmp_path / "hub")["revision"] == hub.sha
 
     failures = [500, "cut", 429, 503] * 20  # longer than the client itself tries again
-    c4.fault = lambda path: failures.pop() if is_shard(path, 1) and failures else None
-    printed = prepare_rows(None, tmp_path / "faults", env=c4.env, before=IMPATIENT)
+    hub.fault = lambda path: failures.pop() if "00001.json" in path and failures else None
+    printed = prepare_rows(tmp_path / "faults", env=hub.env, before=IMPATIENT)
     assert not failures and "does not answer" in printed
     assert files_of(tmp_path / "faults") == one
 
     passes = itertools.count()  # the tokenizer's, then that of packing: an outage begins
-    c4.fault = lambda path: 500 if is_shard(path, 2) and next(passes) else None
-    printed = prepare_rows(None, tmp_path / "d", env=c4.env, code=1, before=IMPATIENT,
-                           change={"OUTAGE_SECONDS": 0.1, "SAVE_SECONDS": 0})
+    hub.fault = lambda path: 500 if "00002.json" in path and next(passes) else None
+    printed = prepare_rows(tmp_path / "d", env=hub.env, code=1, before=IMPATIENT
+                           + "; it.OUTAGE_SECONDS = 0.1; it.SAVE_SECONDS = 0")
     assert "Start the same command again" in printed
-    old, c4.sha, c4.fault, c4.asked = c4.sha, "d" * 40, lambda path: None, []
-    prepare_rows(None, tmp_path / "d", env=c4.env)
-    assert any(old in path for path in c4.asked) and not any(c4.sha in path for path in c4.asked)
+    old, hub.sha, hub.fault, hub.asked = hub.sha, "d" * 40, lambda path: None, []
+    prepare_rows(tmp_path / "d", env=hub.env)
+    assert any(old in path for path in hub.asked) and not any(hub.sha in p for p in hub.asked)
     assert files_of(tmp_path / "d") == one  # of the revision that it began with
 
-
-@slow
-def test_a_damaged_shard_is_named_and_its_rest_skipped(c4, tmp_path):
-    files, name = c4.repositories["allenai/c4"], "en/c4-train.00001-of-00003.json.gz"
-    files[name] = files[name][: len(files[name]) // 2] + bytes(1000)
-    printed = prepare_rows(None, tmp_path / "d", env=c4.env)
-    assert f"skipped: hf://datasets/allenai/c4@{c4.sha}/{name}: the file is damaged" in printed
-    meta = meta_of(tmp_path / "d")
-    assert meta["invalid"] == 1 and 300 < meta["documents_kept"] < 399
-    assert sum(is_shard(path, 1) for path in c4.asked) == 2  # for the tokenizer, and to pack
-
-
-@slow
-def test_without_a_network_the_first_command_says_what_works(c4, tmp_path):
-    c4.shutdown()
-    c4.server_close()
-    printed = prepare_rows(None, tmp_path / "d", env=c4.env, code=1, before=IMPATIENT)
-    assert "--source python-docs" in printed and not (tmp_path / "d").exists()
+    hub.shutdown()
+    hub.server_close()
+    printed = prepare_rows(tmp_path / "none", env=hub.env, code=1, before=IMPATIENT)
+    assert "--source python-docs" in printed and not (tmp_path / "none").exists()
 
 
 # ---------------------------------------------------------------------------- prepare: interrupted
@@ -679,18 +561,18 @@ def test_without_a_network_the_first_command_says_what_works(c4, tmp_path):
 def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(tmp_path):
     texts = [sentences(i, 20 + i % 60) for i in range(2000)]
     source = write_jsonl(tmp_path / "t.jsonl", texts + texts[::2])  # the last third repeats
-    prepare_rows(source, tmp_path / "once", before="import os; os.sched_setaffinity(0, {0})"
-                 if hasattr(os, "sched_setaffinity") else "")
+    prepare_rows(tmp_path / "once", "--source", source,
+                 before="import os; getattr(os, 'sched_setaffinity', lambda *_: 0)(0, {0})")
     import resource
 
-    assert "File too large. Start the same command again" in prepare_rows(
-        source, tmp_path / "killed", code=1, preexec_fn=lambda: resource.setrlimit(
+    killed = ["--out", tmp_path / "killed", "--source", source, *SMALL_ROWS]
+    assert "File too large. Start the same command again" in script(
+        "prepare.py", *killed, code=1, preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (200_000, 200_000)))  # as a full disk would stop it
 
     progress, read = tmp_path / "killed/unfinished/progress.json", [0]
     for target in (1, 1250, 2100, 10**9):  # documents read when the process is killed
-        process = launch("prepare.py", "--source", source, "--out", tmp_path / "killed",
-                         *SMALL_ROWS, change={"SAVE_SECONDS": 0.05})
+        process = launch("prepare.py", *killed, before="it.SAVE_SECONDS = 0.05")
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
             if progress.exists():
@@ -718,32 +600,22 @@ def test_stopped_before_any_of_its_files_it_goes_on(tmp_path, rows, monkeypatch)
     monkeypatch.setattr(os, "replace", stop)
     while not (tmp_path / "d/meta.json").exists():
         rows(source, "d", "--tokens", 1000, refused="No space" if len(stopped) < 7 else None)
-        if stopped[-1].name == "train.bin":
-            shutil.copytree(tmp_path / "d", tmp_path / "cut")
     assert files_of(tmp_path / "d") == files_of(tmp_path / "once") and len(stopped) == 7
-
-    monkeypatch.setattr(os, "replace", replace)
-    os.truncate(tmp_path / "cut/unfinished/train.tokens", 1000)
-    rows(source, "cut", "--tokens", 1000, refused="train.tokens is damaged")
 
 
 @slow
-def test_two_on_one_folder_the_second_is_refused_while_the_first_lives(tmp_path, rows):
-    source, out = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 60) for i in range(30)]), "d"
-    first = launch("prepare.py", "--source", source, "--out", tmp_path / out, *SMALL_ROWS)
-    while not (tmp_path / out / "unfinished/arguments.json").exists():
+def test_two_on_one_folder_and_starting_over(tmp_path, rows):
+    """The second is refused while the first lives. Other arguments are refused later, too."""
+    source, work = write_jsonl(tmp_path / "t.jsonl", TEXTS[:30]), tmp_path / "d/unfinished"
+    first = launch("prepare.py", "--source", source, "--out", work.parent, *SMALL_ROWS)
+    while not (work / "arguments.json").exists():
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)
-    rows(source, out, refused="another prepare.py is writing")
+    rows(source, "d", refused="another prepare.py is writing")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=60)
-    assert first.returncode == 0 and not (tmp_path / out / "unfinished").exists()
-
-
-def test_prepare_starts_over_only_when_told(data, command):
-    args = [prepare, "--source", data.parent / "text.jsonl", "--out", data, *SMALL_ROWS]
-    assert "complete already" in command(*args)
-    command(*args, "--seq-len", 64, refused="other seq_len")
+    assert first.returncode == 0 and not work.exists()
+    rows(source, "d", "--seq-len", 64, refused="other seq_len")
 
 
 # --------------------------------------------------------------------------------------- the models
@@ -771,94 +643,55 @@ def test_parameters_and_operations_at_the_papers_size():
         sum(trunks) + 2 * 6 * 32_768 * s.width * 0.15, rel=0.01)
 
 
-def reference_encode(w, ids, heads, mask):
-    """The crammed BERT for one row, by plain formulas in float64; w are its weights by name."""
+def test_forward_is_what_the_paper_says():
+    """By plain formulas, in float64."""
+    model, ids = model_of(), torch.randint(50, (3, 16))
+    mask = torch.arange(16) < torch.tensor([[16], [10], [5]])
+    w = {name.removesuffix(".weight"): p.detach() for name, p in model.named_parameters()}
+
     def norm(x, name):
         variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
-        return (x - mean) / (variance + 1e-12).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        return (x - mean) / (variance + 1e-12).sqrt() * w[name] + w[name + ".bias"]
 
-    def gelu(x):
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    def heads(x):  # (3, 16, 32) -> (3, 4, 16, 8)
+        return torch.stack(x.split(8, dim=-1), 1)
 
-    x = w["embed.weight"][ids]
-    T, C = x.shape
-    angles = [[t / 10_000 ** (c // 2 * 2 / C) for c in range(C)] for t in range(T)]
-    x = norm(x + w["position_scale"] * torch.tensor([
-        [math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(row)] for row in angles]),
-        "embed_norm")
-    for layer in range(2):
-        b = f"blocks.{layer}."
-        q, k, v = (norm(x, b + "norm1") @ w[f"{b}attention.{name}.weight"].T for name in "qkv")
-        mixed = []
-        for h in torch.arange(C).split(C // heads):
-            scores = (q[:, h] @ k[:, h].T / math.sqrt(len(h))).exp() * mask
-            mixed.append(scores / scores.sum(1, keepdim=True) @ v[:, h])
-        x = x + torch.cat(mixed, 1) @ w[b + "attention.out.weight"].T
+    positions = torch.tensor([[
+        (math.sin, math.cos)[c % 2](t / 10_000 ** (c // 2 * 2 / 32)) for c in range(32)]
+        for t in range(16)])
+    x = norm(w["embed"][ids] + w["position_scale"] * positions, "embed_norm")
+    for b in ("blocks.0.", "blocks.1."):
+        q, k, v = (heads(norm(x, b + "norm1") @ w[f"{b}attention.{name}"].T) for name in "qkv")
+        weights = (q @ k.mT / math.sqrt(8)).exp() * mask[:, None, None]
+        mixed = weights / weights.sum(-1, keepdim=True) @ v
+        x = x + torch.cat(mixed.unbind(1), -1) @ w[b + "attention.out"].T
         y = norm(x, b + "norm2")
-        y = (y @ w[b + "ffn.up.weight"].T) * gelu(y @ w[b + "ffn.gate.weight"].T)
-        x = x + y @ w[b + "ffn.down.weight"].T
-    return norm(x, "final_norm")
+        gate = y @ w[b + "ffn.gate"].T
+        gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+        x = x + (y @ w[b + "ffn.up"].T * gelu) @ w[b + "ffn.down"].T
+    hidden = norm(x, "final_norm")
 
-
-def test_forward_is_what_the_paper_says():
-    model = model_of()
-    ids = torch.randint(50, (3, 16))
-    mask = torch.arange(16) < torch.tensor([[16], [10], [5]])
-    w = {name: p.detach() for name, p in model.named_parameters()}
-    hidden = torch.stack([reference_encode(w, row, 4, m) for row, m in zip(ids, mask)])
     close = {"rtol": 1e-5, "atol": 1e-5}  # the table of positions is stored in float32
     torch.testing.assert_close(model.encode(ids, mask).detach(), hidden, **close)
-    logits = hidden @ w["embed.weight"].T
+    logits = hidden @ w["embed"].T
     torch.testing.assert_close(model.logits(ids, mask).detach(), logits, **close)
     [loss] = model(ids[:1], torch.tensor([[3, 9]]), torch.tensor([[7, 8]]))
     p = logits[0].softmax(-1)  # row 0 has no padding
     assert loss.item() == pytest.approx(-(p[3, 7] * p[9, 8]).log().item() / 2, abs=1e-5)
 
 
-BOTH = pytest.mark.parametrize("kind", ["crammed", "modernbert"])
-
-
-@BOTH
-def test_padding_and_decoding_only_some_positions_change_nothing(kind):
-    model, ids = model_of(kind), torch.randint(50, (3, 16))
-    states = model.encode(ids)
-    positions = torch.tensor([[3, 9], [0, 15], [7, 2]])
-    torch.testing.assert_close(model.encode(ids, positions=positions), torch.stack([
-        row[at] for row, at in zip(states, positions)]))
-    mask = torch.arange(16).expand(3, 16) < 9
-    torch.testing.assert_close(model.encode(ids, mask)[:, :9], model.encode(ids[:, :9]))
-
-
-@BOTH
+@pytest.mark.parametrize("kind", ["crammed", "modernbert"])
 def test_dropout_only_in_fine_tuning(kind):
     """After the embedding, in attention, after attention and FFN, before the last layer."""
-    ids, plain, calls = torch.randint(50, (2, 16)), model_of(kind).train(), []
+    ids, plain, F = torch.randint(50, (2, 16)), model_of(kind).train(), torch.nn.functional
     assert torch.equal(plain.encode(ids), plain.encode(ids))
     tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
-    places = [module for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
-    assert [place.p for place in places] == [0.3] * (1 + 2 * 2 + 1)
-    for place in places:
-        place.register_forward_hook(lambda *_: calls.append(1))
-    tuned(ids, None)
-    assert len(calls) == 1 + 2 * 2 + 1  # a block's is called twice, attention's by its kernel
-    for place in places:
-        for other in places:
-            other.p = 0.3 * (other is place)
-        assert not torch.equal(tuned(ids, None), tuned(ids, None))
+    with mock.patch.object(F, "dropout", wraps=F.dropout) as dropout, mock.patch.object(
+            F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+        tuned(ids, None)
+    assert [call.args[1:3] for call in dropout.mock_calls] == [(0.3, True)] * (1 + 2 * 2 + 1)
+    assert [call.kwargs["dropout_p"] for call in attention.mock_calls] == [0.3] * 2
     torch.testing.assert_close(tuned.eval().bert.encode(ids), plain.encode(ids))
-
-
-@BOTH
-def test_initial_weights(kind):
-    model = cram.CrammedBERT(cram.Settings(model=kind, layers=2, width=128, heads=4), 1000, 128)
-    for name, p in model.named_parameters():
-        if kind == "modernbert" and name.endswith(("attention.out.weight", "ffn.down.weight")):
-            assert (p == 0).all(), name
-        elif p.ndim == 2:
-            assert abs(p.std().item() - 0.02) < 0.001 and abs(p.mean().item()) < 0.001, name
-        else:
-            value = 128**-0.5 if name == "position_scale" else float(name.endswith("weight"))
-            assert (p == value).all(), name
 
 
 def electra(**settings):
@@ -875,45 +708,36 @@ def test_electra_losses_by_slow_formulas():
     loss, generator_loss, rtd_loss, correction_loss, found, replaced = model(
         ids, positions, targets, uniform)
 
-    guesses = model.generator.logits(ids).softmax(-1).detach().numpy()
-    shown, surprise = rows.clone(), []
-    for b, row in enumerate(positions.tolist()):
-        for m, t in enumerate(row):
-            p = guesses[b, t]
-            surprise.append(-math.log(p[targets[b, m]]))
-            total, token = 0.0, 0
-            while total + p[token] <= uniform[b, m]:
-                total, token = total + p[token], token + 1
-            shown[b, t] = token
-    assert generator_loss.item() == pytest.approx(np.mean(surprise), rel=1e-6)
+    each_row, close = torch.arange(16)[:, None], {"rtol": 1e-5, "atol": 0, "check_dtype": False}
+    p = model.generator.logits(ids).softmax(-1)
+    guessing = -p[each_row, positions, targets].log().mean()
+    torch.testing.assert_close(generator_loss, guessing, **close)
 
+    below = p[each_row, positions].cumsum(-1) <= uniform[:, :, None]
+    shown = rows.scatter(1, positions, below.sum(-1))
     is_replaced = shown != rows  # a correct guess counts as original
     assert 0 < is_replaced.sum() < positions.numel()
     assert replaced.item() == pytest.approx(is_replaced.double().mean().item())
-    p = model.discriminator.replaced(shown).double()
-    expected = -torch.where(is_replaced, p, 1 - p).log().mean().item()
-    assert rtd_loss.item() == pytest.approx(expected, rel=1e-5)
+    d = model.discriminator
+    p = d.replaced(shown)
+    telling = -torch.where(is_replaced, p, 1 - p).log().mean()
+    torch.testing.assert_close(rtd_loss, telling, **close)
     assert found.item() == pytest.approx(((p > 0.5) & is_replaced).double().mean().item())
 
-    d = model.discriminator
     p = (d.head(d.encode(shown)) @ d.embed.weight.T).softmax(-1)
-    corrected = -np.mean([p[b, t, rows[b, t]].log().item()
-                          for b, row in enumerate(positions.tolist()) for t in row])
-    assert correction_loss.item() == pytest.approx(corrected, rel=1e-5)
-    total = np.mean(surprise) + 50 * expected + corrected
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+    correcting = -p[each_row, positions, targets].log().mean()
+    torch.testing.assert_close(correction_loss, correcting, **close)
+    torch.testing.assert_close(loss, guessing + 50 * telling + correcting, **close)
 
 
 def test_electra_gradients():
     """The generator learns nothing from the discriminator but through the embedding, which gets the
     gradients of both losses."""
-    model, _, masked = electra()
     gradients = []
     for weight in (0.0, 1.0, 50.0):
-        model.rtd_weight = weight
-        model.zero_grad()
+        model, _, masked = electra(rtd_weight=weight)
         model(*masked)[0].backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
     none, one, fifty = gradients
     assert "generator.embed.weight" not in none  # it is the discriminator's
     for name, g in none.items():
@@ -965,58 +789,37 @@ def test_batch_staircase():
     assert cram.batch_at(0, s(batch=32, ramp=0)) == 32
 
 
-def test_weight_decay_spares_the_norms():
-    model = cram.CrammedBERT(cram.Settings(layers=1, width=8, heads=1), 20, 8)
-    [adamw] = cram.build_optimizers(model, cram.Settings())
-    with_decay, without = adamw.param_groups
-    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0)
-    assert len(without["params"]) == 8 and {p.ndim for p in without["params"]} == {1}
-    assert len(with_decay["params"]) == 9  # embedding, position scale, seven matrices
-
-
-def test_muon_is_torchs_muon_for_the_matrices_of_blocks_heads_and_projection():
-    s = cram.Settings(model="modernbert", optimizer="muon", lr=2e-3, weight_decay=5.0, layers=2,
-                      width=32, heads=2, objective="rtd", generator_width=16)
-    model = cram.build_model(s, 50, 16)
-    adamw, muon = cram.build_optimizers(model, s)
-    matrices = {p for name, p in model.named_parameters()
-                if p.ndim == 2 and not name.endswith("embed.weight")}
-    of_each = [[p for g in o.param_groups for p in g["params"]] for o in (adamw, muon)]
-    assert set(of_each[1]) == matrices and set(of_each[0]) == set(model.parameters()) - matrices
-    copies = {p: torch.nn.Parameter(p.detach().clone()) for p in matrices}
-    starts = {p: p.detach().clone() for p in matrices}
-    theirs = torch.optim.Muon(copies.values(), lr=s.lr, weight_decay=s.weight_decay,
-                              adjust_lr_fn="match_rms_adamw")
+def test_muon_is_torchs_muon():
+    starts = [0.02 * torch.randn(shape) for shape in ((32, 32), (64, 32), (32, 64), (32, 32))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in starts] for _ in range(2))
+    optimizers = cram.Muon(ours, 2e-3, 5.0), torch.optim.Muon(
+        theirs, lr=2e-3, weight_decay=5.0, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p in matrices:
-            p.grad = torch.randn_like(p)
-            copies[p].grad = p.grad.clone()
-        muon.step()
-        theirs.step()
-    for p, start in starts.items():  # theirs computes in bf16
-        assert (p - copies[p]).norm() < 0.03 * (copies[p] - start).norm()
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, a, b in zip(starts, ours, theirs):  # theirs computes in bf16
+        assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
 def test_masks_are_exact_and_never_the_same():
-    rows = torch.randint(5, 1000, (64, 128))
-    seen = set()
-    for seed in range(3):
-        inputs, positions, targets, uniform = cram.mask_tokens(
-            rows, 0.25, 0.8, 1000, torch.Generator().manual_seed(seed))
-        assert positions.shape == uniform.shape == (64, 32)
-        assert all(len(set(p)) == 32 for p in positions.tolist())
-        assert torch.equal(targets, rows.gather(1, positions))
-        at = inputs.gather(1, positions)
-        assert (at[:, :26] == cram.MASK).all()
-        assert (at[:, 29:] == targets[:, 29:]).all()  # 3 stay
-        assert (at[:, 26:29] != targets[:, 26:29]).float().mean() > 0.95  # 3 are random
-        untouched = torch.ones_like(rows, dtype=torch.bool).scatter(1, positions, False)
-        assert torch.equal(inputs[untouched], rows[untouched])
-        seen |= {tuple(sorted(p)) for p in positions.tolist()}
-        everywhere = torch.bincount(positions.flatten(), minlength=128)
-        assert everywhere.min() > 0 and everywhere.max() < 40
-        assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
-    assert len(seen) == 3 * 64
+    rows = torch.randint(5, 1000, (192, 128))
+    inputs, positions, targets, uniform = cram.mask_tokens(
+        rows, 0.25, 0.8, 1000, torch.Generator().manual_seed(0))
+    assert positions.shape == uniform.shape == (192, 32)
+    assert all(len(set(p)) == 32 for p in positions.tolist())
+    assert len({tuple(sorted(p)) for p in positions.tolist()}) == 192
+    everywhere = torch.bincount(positions.flatten(), minlength=128)
+    assert everywhere.min() > 20 and everywhere.max() < 85  # of 48
+    assert torch.equal(targets, rows.gather(1, positions))
+    at = inputs.gather(1, positions)
+    assert (at[:, :26] == cram.MASK).all()
+    assert (at[:, 29:] == targets[:, 29:]).all()  # 3 stay
+    assert (at[:, 26:29] != targets[:, 26:29]).float().mean() > 0.95  # 3 are random
+    assert torch.equal(inputs.scatter(1, positions, targets), rows)
+    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("order", ["file", "random"])
@@ -1031,31 +834,22 @@ def test_row_order(order):
     assert other != passes[1]
 
 
-def rows_of_a_run(batches, n_rows, s):
-    """The rows that a run with these batches reads, and the position behind them."""
-    position, left, rows = 0, sum(batches), []
-    for batch in batches:
-        rows.append(cram.row_numbers(position, batch, n_rows, s))
-        position, left = cram.next_position(position, batch, left, n_rows, s), left - batch
-    return np.concatenate(rows), position
-
-
-@pytest.mark.parametrize("passes", [0.3, 1.0])
-def test_a_short_budget_reads_an_even_share_of_the_whole_file(passes):
-    n_rows, s = 100_000, cram.Settings(batch=256)
+@pytest.mark.parametrize("order, passes", [
+    ("file", 0.3), ("file", 1.0), ("file", 1.5), ("random", 0.3), ("random", 1.5)])
+def test_a_short_budget_reads_an_even_share_of_the_file_and_others_skip_nothing(order, passes):
+    n_rows, s = 100_000, cram.Settings(order=order, batch=256)
     mean = np.mean([cram.batch_at(k / 1000, s) for k in range(1000)])
     steps = math.ceil(passes * n_rows / mean)
-    rows, end = rows_of_a_run([cram.batch_at(k / steps, s) for k in range(steps)], n_rows, s)
-    assert len(set(rows.tolist())) == len(rows) and end >= n_rows
-    shares = np.bincount(rows * 5 // n_rows, minlength=5) / (n_rows / 5)
-    assert shares == pytest.approx([passes] * 5, rel=0.05)
-
-
-@pytest.mark.parametrize("order, passes", [("file", 1.5), ("random", 0.3), ("random", 1.5)])
-def test_a_long_budget_and_a_random_order_skip_nothing(order, passes):
-    s, steps = cram.Settings(order=order), int(50 * passes)
-    rows, end = rows_of_a_run([20] * steps, 1000, s)
-    assert end == 20 * steps and rows.tolist() == cram.row_numbers(0, end, 1000, s).tolist()
+    batches, position, rows = [cram.batch_at(k / steps, s) for k in range(steps)], 0, []
+    for k, batch in enumerate(batches):
+        rows += cram.row_numbers(position, batch, n_rows, s).tolist()
+        position = cram.next_position(position, batch, sum(batches[k:]), n_rows, s)
+    if order == "file" and passes <= 1:
+        assert len(set(rows)) == len(rows) and position >= n_rows
+        shares = np.bincount(np.array(rows) * 5 // n_rows, minlength=5) / (n_rows / 5)
+        assert shares == pytest.approx([passes] * 5, rel=0.05)
+    else:
+        assert rows == cram.row_numbers(0, position, n_rows, s).tolist()
 
 
 # ---------------------------------------------------------------------------------- a training run
@@ -1087,33 +881,26 @@ def test_a_run_learns_and_keeps_its_books(finished):
         assert {group["lr"] for group in optimizer["param_groups"]} == {log[-1]["lr"]}
     assert log[-1]["val_loss"] < log[1]["val_loss"] - 1
     content = torch.load(out / "ckpt.pt", weights_only=True)
-    assert same(content["model"], saved["model"])
+    assert_same(content["model"], saved["model"])
     assert content["result"]["val_loss"] == log[-1]["val_loss"]
 
-    header, *lines = re.findall(r"^ *(?:time|\d+:\d\d:\d\d) .*", printed, re.M)
-    assert len(lines) == len(log) and max(map(len, lines)) <= 100
-    ends = [[m.end() for m in re.finditer(r"\S+", line)] for line in (header, lines[-1])]
-    assert ends[0] == ends[1] and f"{log[-1]['val_loss']:.3f}" in lines[-1]
+    assert len(re.findall(r"^ *\d+:\d\d:\d\d .*", printed, re.M)) == len(log)
     summary = printed[printed.index("\ntokens  "):]  # one block ends the run
-    assert re.findall(r"^\S[a-zA-Z ]+?(?=  )", summary, re.M) == [
-        "tokens", "steps", "wall clock", "after the clock", "peak memory", "exaFLOP",
-        "training loss", "validation loss", "wrote"]
-    assert f"{log[-1]['val_loss']:.3f}" in summary and "40, of which 0 skipped" in summary
+    for words in ("40, of which 0 skipped", "train ", "peak memory", "exaFLOP",
+                  f"validation loss  {log[-1]['val_loss']:.3f}"):
+        assert words in summary
 
 
-def test_validation_loss_as_the_contract_defines_it(data, checkpoint):
-    model, _ = cram.load_checkpoint(checkpoint)
-    rows = rows_of(data, "val")[:4096].astype(int)
-    order = np.random.default_rng(0).random(rows.shape).argsort(1)
-    total = []
-    for row, positions in zip(rows, order[:, : round(0.15 * 32)]):
-        masked = row.copy()
-        masked[positions] = cram.MASK
-        with torch.no_grad():
-            logits = model.logits(torch.tensor(masked)[None])[0].double().log_softmax(-1)
-        total += [-logits[p, row[p]].item() for p in positions]
-    _, log = read_run(checkpoint.parent)
-    assert log[-1]["val_loss"] == pytest.approx(np.mean(total), abs=1e-5)
+def test_validation_loss_as_the_contract_defines_it(data, finished):
+    model, _ = cram.load_checkpoint(finished("crammed") / "ckpt.pt")
+    rows = torch.from_numpy(rows_of(data, "val").astype(int))
+    positions = np.random.default_rng(0).random(rows.shape).argsort(1)[:, : round(0.15 * 32)]
+    at = torch.arange(len(rows))[:, None], torch.from_numpy(positions)
+    masked = rows.clone()
+    masked[at] = cram.MASK
+    p = model.logits(masked).double().softmax(-1)
+    _, [*_, line] = read_run(finished("crammed"))
+    assert line["val_loss"] == pytest.approx(-p[(*at, rows[at])].log().mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["crammed", pytest.param("electra", marks=slow)])
@@ -1183,8 +970,8 @@ def test_fill_and_python_interface(finished, recipe):
         assert model.logits(ids, mask).shape == (*ids.shape, tokenizer.get_vocab_size())
 
 
-def test_a_checkpoint_of_an_earlier_version_loads(checkpoint, tmp_path):
-    content = torch.load(checkpoint, weights_only=True)
+def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
+    content = torch.load(finished("crammed") / "ckpt.pt", weights_only=True)
     del content["settings"]["objective"]  # it had no such setting
     torch.save(content, tmp_path / "ckpt.pt")
     assert cram.load_checkpoint(tmp_path / "ckpt.pt")[0].seq_len == 32
@@ -1194,37 +981,19 @@ def test_a_checkpoint_of_an_earlier_version_loads(checkpoint, tmp_path):
         cram.load_checkpoint(tmp_path / "ckpt.pt")
 
 
-def damage(folder, what):
-    """A prepared folder with something wrong in it."""
-    if what == "cut":
-        os.truncate(folder / "train.bin", 64 * 10 + 7)
-    elif what == "gone":
-        shutil.rmtree(folder)
-    return folder
-
-
-@pytest.mark.parametrize("what, args, words", [
-    ("gone", [], "no prepared data"),
-    ("cut", [], "train.bin has 647 bytes and should have"),
-    ("", ["--hours", "nan"], "--hours must be a positive number"),
-    ("", ["--hours", "soon"], "invalid float"),
-    ("", ["--hours", "1e-9"], "over before the first step"),
-    ("", ["--hours", "1", "--steps", "2"], "one of --hours, --minutes and --steps"),
-    ("", ["--width", "100", "--heads", "3"], "even multiple of its 3 heads"),
-    ("", ["--generator-width", "130"], "even multiple of its 2 heads"),
-    ("", ["--device", "tpu"], "cannot be used"),
-    ("", ["--recipe", "magic"], "crammed or modern or electra"),
-    ("", ["--batch", "0"], "must be a positive number"),
-    ("", ["--resume"], "to resume"),
-    ("", ["--fill", "a <mask>"], "no checkpoint"),
-    ("", ["--no-such-flag"], "unrecognized"),
+@pytest.mark.parametrize("flags, words", [
+    ({"hours": "nan"}, "--hours must be a positive number"),
+    ({"hours": 1e-9}, "over before the first step"),
+    ({"hours": 1, "steps": 2}, "one of --hours, --minutes and --steps"),
+    ({"steps": 2, "heads": 3}, "even multiple of its 3 heads"),
+    ({"steps": 2, "generator_width": 130}, "even multiple of its 2 heads"),
+    ({"steps": 2, "device": "tpu"}, "cannot be used"),
+    ({"steps": 2, "recipe": "magic"}, "crammed or modern or electra"),
+    ({"fill": "a <mask>"}, "no checkpoint"),
 ])
-def test_cram_says_what_is_wrong(data, tmp_path, what, args, words):
-    folder = damage(shutil.copytree(data, tmp_path / "d"), what) if what else data
-    budget = [] if "--hours" in args else ["--steps", 2]
-    command(cram, "--data", folder, "--out", tmp_path / "o", *budget, *flags_of(TINY), *args,
-            refused=words)
-    assert not list(tmp_path.glob("o/*.pt*"))
+def test_cram_says_what_is_wrong(train, flags, words):
+    train("o", refused=words, **flags)
+    assert not list(train.folder.glob("o/*.pt*"))
 
 
 class Mischief:
@@ -1289,6 +1058,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, dat
     other = shutil.copytree(data, train.folder / "other")
     (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
     train(resume=True, data=other, refused="other train_sha256")
+    os.truncate(other / "train.bin", 647)
+    train(resume=True, data=other, refused="train.bin has 647 bytes")
     train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
     train(resume=True)
     (train.folder / "out/ckpt.pt").rename(train.folder / "out/last.pt")
@@ -1299,10 +1070,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, dat
 def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
     """SIGTERM saves and leaves, kill -9 does not; last.pt is written after every step. Meanwhile no
     other run can use the folder: the lock ends with its process, however that ends. (Not Ctrl-C's
-    signal, which is ignored where a shell started pytest with &.)"""
+    signal, which is ignored where a shell started pytest with &.) The whole run, to compare with,
+    outlives its screen, as behind `| head -n 1` or in a terminal that is closed."""
     flags = {**TINY, "data": data, "width": 128, "steps": 100}
-    whole, out, rng = train("whole", **flags), train.folder / "out", random.Random(2)
-    flags["save_minutes"] = 1e-6
+    whole = launch("cram.py", "--out", train.folder / "whole", *flags_of(flags),
+                   stderr=subprocess.PIPE)
+    whole.stdout.readline()
+    whole.stdout.close()
+    out, rng, flags["save_minutes"] = train.folder / "out", random.Random(2), 1e-6
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         resume = out.exists()
         process = launch("cram.py", "--out", out, *(["--resume"] if resume else flags_of(flags)))
@@ -1313,24 +1088,14 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
             process.send_signal(signal.SIGCONT)
             time.sleep(rng.uniform(0, 0.05))
             process.send_signal(number)
-            printed, _ = process.communicate(timeout=20)
+            printed, _ = process.communicate(timeout=60)
         finally:
             process.kill()
         assert process.returncode == (-9 if number == signal.SIGKILL else 0)
         assert ("continue with --resume" in printed) == (number != signal.SIGKILL)
         assert (out / "last.pt").exists() and not (out / "ckpt.pt").exists()
-    assert_same_run(train(resume=True, save_minutes=5), whole)
-
-
-@slow
-def test_a_run_outlives_its_screen(data, tmp_path):
-    """As behind `| head -n 1`, or in a terminal that is closed."""
-    process = launch("cram.py", "--data", data, "--out", tmp_path / "o", "--steps", 40,
-                     *flags_of(TINY), stderr=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 0
-    assert (tmp_path / "o/ckpt.pt").exists() and read_run(tmp_path / "o")[1][-1]["step"] == 40
+    assert whole.stderr.read() == "" and whole.wait() == 0
+    assert_same_run(train(resume=True, save_minutes=5), read_run(train.folder / "whole"))
 
 
 def test_names_that_the_terminal_cannot_show(train):
@@ -1344,16 +1109,10 @@ def test_names_that_the_terminal_cannot_show(train):
 
 
 def nan_in_steps(monkeypatch, *steps):
-    """Make one gradient of these steps NaN."""
+    """Make the norm of the gradient NaN in these steps."""
     real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-
-    def clip(parameters, *args):
-        parameters = list(parameters)
-        if next(calls) in steps:
-            parameters[3].grad.view(-1)[0] = math.nan
-        return real(parameters, *args)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (
+        real(*args) * (math.nan if next(calls) in steps else 1)))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
@@ -1362,9 +1121,8 @@ def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
     nan_in_steps(monkeypatch, 4, 8)
     before, _ = train(steps=8, stop_after=7)
     saved, log = train(resume=True)
-    assert same(saved["model"], before["model"])
-    for ours, theirs in zip(saved["optimizers"], before["optimizers"]):
-        assert same(ours["state"], theirs["state"])
+    for one, other in zip(before["optimizers"], saved["optimizers"]):
+        assert_same([other["state"], saved["model"]], [one["state"], before["model"]])
     assert (saved["state"]["step"], saved["state"]["skipped"]) == (8, 2)
     assert (train.folder / "out/ckpt.pt").exists()
     assert all(math.isfinite(line["loss"]) for line in log)
@@ -1374,7 +1132,7 @@ def test_a_run_that_diverged_stops_and_keeps_its_last_checkpoint(train, monkeypa
     before, _ = train(steps=100, stop_after=3)
     nan_in_steps(monkeypatch, *range(100))
     train(resume=True, refused="30 steps in a row")
-    assert same(read_run(train.folder / "out")[0], before)
+    assert_same_run((read_run(train.folder / "out")[0], []), (before, []))
 
 
 @pytest.mark.parametrize("steps, lr, words", [
@@ -1431,60 +1189,38 @@ def test_a_full_disk(train, monkeypatch):
 # ------------------------------------------------------------------------------- several processes
 
 
-@pytest.fixture
-def team(data, tmp_path):
-    """Start cram.py in two processes: team(out, flag=value, ...) -> the torchrun process."""
-    started = []
-
-    def run(out, *args, **flags):
-        started.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             HERE / "cram.py", *map(str, [*args, *flags_of(flags), "--out", tmp_path / out])],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-
-
 @slow
-def test_two_processes_end_where_one_ends(team, train, data):
-    """With electra, so also with Muon, whose matrices they share. (They sum in another order, and
-    Muon makes much of little.)"""
-    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 12}
-    two = team("two", data=data, **flags)
-    a, a_log = train("one", **flags)
-    printed, _ = two.communicate(timeout=120)
-    assert two.returncode == 0 and printed.count("validation loss") == 1, printed
-    b, b_log = read_run(train.folder / "two")
+def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
+    """With electra, so also with Muon, whose matrices they share. Asked to stop, within a step,
+    both save; killed, one takes the other with it; one alone can go on, and two after it. (They sum
+    in another order, and Muon makes much of little.)"""
+    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
+    out = train.folder / "two"
+    for number, words, args in (
+            (signal.SIGTERM, "and saved; continue with", flags_of({"data": data, **flags})),
+            (signal.SIGKILL, "has lost another process of the run", ["--resume"]),
+            (None, "validation loss", ["--resume"])):
+        two = launch("cram.py", "--out", out, *args, runner=TORCHRUN)
+        try:
+            if number:
+                wait_for_log(two, out)
+                children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
+                os.kill(int(children[-1]), number)
+            printed, _ = two.communicate(timeout=120)
+        finally:
+            two.kill()
+        assert (two.returncode == 0) == (number != signal.SIGKILL) and words in printed
+        if number:
+            assert not (out / "ckpt.pt").exists()
+            train("two", resume=True, stop_after=1)
+    assert printed.count("validation loss") == 1
+    (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
     for name, p in a["model"].items():
         torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
     assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
     for line, other in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
             assert line.get(key) == pytest.approx(other.get(key), abs=0.05)
-
-
-@slow
-def test_a_signal_to_one_process_ends_both_and_one_process_goes_on(team, train, data):
-    """Asked to stop, within a step, both save; killed, it takes the other with it. The rest of the
-    run, in one process, ends where one process would have."""
-    flags = {**TINY, "batch": 37, "microbatch": 4, "steps": 40, "save_minutes": 1e-6}
-    out = train.folder / "two"
-    for number, words, args in (
-            (signal.SIGTERM, "and saved; continue with", flags_of({"data": data, **flags})),
-            (signal.SIGKILL, "has lost another process of the run", ["--resume"])):
-        two = team("two", *args)
-        wait_for_log(two, out)
-        processes = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
-        os.kill(int(processes[-1]), number)
-        printed, _ = two.communicate(timeout=60)
-        assert (two.returncode == 0) == (number == signal.SIGTERM) and words in printed
-        assert not (out / "ckpt.pt").exists()
-    (one, _), (two, _) = train("one", **flags), train("two", resume=True)
-    for name, p in one["model"].items():
-        torch.testing.assert_close(two["model"][name], p, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -1601,8 +1337,6 @@ def test_metrics_by_hand():
     one, none = np.ones(8, int), np.zeros(8, int)
     assert g.matthews(one, labels) == g.matthews(guess, one) == g.f1(none, none) == 0
     assert g.pearson(np.full(8, 0.1, np.float32), labels * 1.0) == 0
-    assert g.matthews(labels, labels) == pytest.approx(1)
-    assert g.matthews(1 - labels, labels) == pytest.approx(-1)
 
 
 def test_glue_examples_are_built_and_cut():
@@ -1624,13 +1358,11 @@ def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
 
 def split_of(lengths, device="cpu"):
     """Examples of so many random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    padded = np.array([-(-n // 32) * 32 for n in lengths])
-    ids = torch.zeros(len(lengths), padded.max(), dtype=torch.int32)
-    for row, length in zip(ids, lengths):
-        row[:length] = torch.randint(5, 50, (length,), generator=generator)
-    labels = torch.tensor([i % 2 for i in range(len(lengths))])
-    return finetune_glue.Split(ids.to(device), labels.to(device), padded)
+    ids = torch.randint(5, 50, (len(lengths), 128), generator=torch.Generator().manual_seed(0))
+    ids *= torch.arange(128) < torch.tensor(lengths)[:, None]
+    labels = torch.arange(len(lengths)) % 2
+    return finetune_glue.Split(ids.int().to(device), labels.to(device),
+                               (np.array(lengths) + 31) // 32 * 32)
 
 
 LENGTHS = random.Random(1).choices(range(3, 100), k=30)
@@ -1662,15 +1394,14 @@ def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
         assert length == min(n for n in (32, 64, 96, 128) if n >= max(LENGTHS[i] for i in of_step))
 
 
-def test_padding_changes_no_prediction_and_evaluation_keeps_the_order():
+def test_predictions_are_in_the_order_of_the_rows_and_padding_changes_none():
     trial, split = trial_of(), split_of(LENGTHS)
     trial.task = finetune_glue.TASKS["stsb"]  # whose predictions are numbers
     predicted = trial.predict(split)
     with torch.no_grad():
-        for i, length in enumerate(LENGTHS):
-            alone = trial.model(split.ids[i : i + 1, :length], None)[0, 0]
-            assert np.allclose(predicted[i], alone, atol=1e-5)
-    assert len(np.unique(predicted.round(5))) == 30  # rows differ, so that order would show
+        alone = [trial.model(row[None, :length], None)[0, 0]
+                 for row, length in zip(split.ids, LENGTHS)]
+    assert predicted == pytest.approx(np.array(alone), abs=1e-5) and predicted.std() > 1e-3
 
 
 def test_a_trial_is_adamw_on_its_batches():
@@ -1725,10 +1456,10 @@ def write_glue(folder, name, train=32, validation=16, **columns):
 
 
 @pytest.fixture
-def glue(checkpoint, tmp_path, command):
+def glue(finished, tmp_path):
     """Run finetune_glue.py in this process on what write_glue wrote: glue(flags) -> its output."""
     (tmp_path / "out").mkdir()
-    shutil.copy(checkpoint, tmp_path / "out")
+    shutil.copy(finished("crammed") / "ckpt.pt", tmp_path / "out")
 
     def run(*args, refused=None):
         return command(finetune_glue, "--ckpt", tmp_path / "out/ckpt.pt", "--device", "cpu",
@@ -1756,8 +1487,7 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
     glue("--task", "cola", *ONE)
     printed = glue("--task", "all", "--trials", 2, "--epochs", 1)
     assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
-    said = printed.index("mnli: a subset, 16 training rows, not the official 392,702")
-    assert said < printed.index("mnli seed 0")
+    assert "mnli: a subset, 16 training rows, not the official 392,702" in printed
     scores = results_in(glue.folder)
     nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
             for name in finetune_glue.EIGHT for split in finetune_glue.TASKS[name].validation]
@@ -1767,6 +1497,7 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
     assert average.split() == [f"{sum(nine) / 9:.1f}", "80.7", "subset"]  # the paper's
 
     glue("--task", "all", "--test", *ONE)
+    assert results_in(glue.folder) == scores  # the first trials ran again, and are there once
     [folder] = glue.folder.glob("glue_test*")
     three, two = {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}
     allowed = {"MNLI-m": three, "MNLI-mm": three, "AX": three, "QNLI": two, "RTE": two,
@@ -1781,42 +1512,33 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
 
     # Predicted afresh, by the first trial; what another seed or other settings predict is apart
     stsb = (folder / "STS-B.tsv").read_text()
-    (folder / "STS-B.tsv").write_text("")
-    flags = ["--task", "stsb", "--test", "--epochs", 1]
-    printed = glue(*flags, "--trials", 2)
-    assert re.findall("^(.* seed .): ", printed, re.M) == ["stsb seed 0"]
-    assert (folder / "STS-B.tsv").read_text() == stsb and results_in(glue.folder) == scores
-    glue(*flags, "--trials", 1, "--seed", 1)
-    printed = glue(*flags, "--trials", 1, "--lr", 1e-3)
+    (folder / "STS-B.tsv").unlink()
+    for more in (["--trials", 2], [*ONE, "--seed", 1], [*ONE, "--lr", 1e-3]):
+        printed = glue("--task", "stsb", "--test", "--epochs", 1, *more)
     assert "average" not in printed and "cola" not in printed  # a table of its own
     assert len([*glue.folder.glob("glue_test*/STS-B.tsv")]) == 3
     assert stsb == (folder / "STS-B.tsv").read_text()
 
 
-@slow
-def test_fine_tuning_reads_cola_from_the_hub(checkpoint, tmp_path):
+def test_without_data_the_rows_come_from_the_hub(glue, tmp_path, monkeypatch):
     import datasets
 
-    splits = ("train", "validation", "test")
-    files = {"README.md": hub_readme("cola", **{split: f"cola/{split}-*" for split in splits})}
-    write_glue(tmp_path, "cola")
-    for split in splits:
-        rows = [*map(json.loads, (tmp_path / f"cola/{split}.jsonl").read_text().splitlines())]
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
-        files[f"cola/{split}-00000-of-00001.parquet"] = (tmp_path / "x.parquet").read_bytes()
-    hub = Hub({"nyu-mll/glue": files}, tmp_path / "home")
-    script("finetune_glue.py", "--task", "cola", "--ckpt", checkpoint, "--out", tmp_path, *ONE,
-           env=hub.env)
-    assert ("cola", 0) in results_in(tmp_path)
+    def load_dataset(repository, task, split):
+        path = write_glue(tmp_path / repository, task) / task / f"{split}.jsonl"
+        return map(json.loads, path.read_text().splitlines())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = ["--task", "cola", *ONE, "--ckpt", glue.folder / "ckpt.pt", "--device", "cpu"]
+    command(finetune_glue, *args)
+    assert (tmp_path / "nyu-mll/glue").exists() and ("cola", 0) in results_in(glue.folder)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    command(finetune_glue, *args, refused="without a network, give --data")
 
 
 @slow
 def test_fine_tuning_learns_and_each_prediction_stands_beside_its_row(glue, tmp_path):
     write_glue(tmp_path / "glue", "mnli", train=512, validation=63)
-    began = time.time()
-    printed = glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
-    [said] = re.findall(r"about (\d+):(\d\d) left", printed)
-    assert 0.2 < (60 * int(said[0]) + int(said[1])) / (time.time() - began) < 3
+    glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
     assert min(results_in(glue.folder)["mnli", 0].values()) > 95
     for file in ("MNLI-m", "MNLI-mm"):
         [path] = glue.folder.glob(f"glue_test*/{file}.tsv")
@@ -1862,28 +1584,24 @@ def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypa
 
 @slow
 def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """The example of README.md, or of the script, and a byte order mark as Windows writes it."""
-    texts = [Path(file).read_text() for file in (HERE / "README.md", finetune_glue.__file__)]
-    example = re.compile(r"""^#? +("emotion": .*\),)$""", re.M)
-    entries = {entry for text in texts for entry in example.findall(text)}
-    assert len(entries) == 1  # one example, wherever it is told
-    own = {**eval("{" + entries.pop() + "}", vars(finetune_glue)), **finetune_glue.TASKS}
-    monkeypatch.setattr(finetune_glue, "TASKS", own)
-    write_glue(tmp_path / "glue", "emotion", train=16)
-    assert len(list((tmp_path / "glue/emotion").iterdir())) == 2
-    for path in (tmp_path / "glue/emotion").iterdir():
+    """The example of the script, and a byte order mark as Windows writes it."""
+    code = Path(finetune_glue.__file__).read_text()
+    [entry] = re.findall(r'^# +("emotion": .*)', code, re.M)
+    own = eval("{" + entry + "}", vars(finetune_glue))
+    monkeypatch.setattr(finetune_glue, "TASKS", {**own, **finetune_glue.TASKS})
+    for path in (write_glue(tmp_path / "glue", "emotion", train=16) / "emotion").iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     printed = glue("--task", "emotion", *ONE)
     assert re.search("^emotion .*accuracy", printed, re.M) and "subset" not in printed
 
 
-def test_dropout_is_the_papers_and_none_for_modernbert(glue, train, tmp_path):
+def test_dropout_is_the_papers_and_none_for_modernbert(glue, finished, tmp_path):
     write_glue(tmp_path / "glue", "rte", train=16)
-    train("modern", recipe="modern", steps=2)
-    for folder, dropout, more in (("out", 0.1, []), ("modern", 0, []),
+    for recipe, dropout, more in (("crammed", 0.1, []), ("modern", 0, []),
                                   ("modern", 0.3, ["--dropout", 0.3])):
-        glue("--task", "rte", *ONE, "--ckpt", tmp_path / folder / "ckpt.pt", *more)
-        [*_, result] = json.loads((tmp_path / folder / "glue.json").read_text())
+        ckpt = finished(recipe) / "ckpt.pt"
+        glue("--task", "rte", *ONE, "--ckpt", ckpt, "--out", glue.folder, *more)
+        [*_, result] = json.loads((glue.folder / "glue.json").read_text())
         assert result["settings"]["dropout"] == dropout
 
 
@@ -1909,17 +1627,13 @@ def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
 
 @pytest.mark.parametrize("task, columns, flags, words", [
     ("cola", {"label": 2}, (), "train.jsonl, row 1, needs sentence as text, a label from 0 to 1"),
-    ("cola", {"label": -1}, (), "a label from 0 to 1"),
     ("cola", {"label": 0.5}, (), '"label": 0.5'),
-    ("stsb", {"label": 5.5}, (), "a label from 0 to 5"),
+    ("stsb", {"label": -0.5}, (), "a label from 0 to 5"),
     ("cola", {"label": "1"}, (), '"label": "1"'),
-    ("cola", {"label": None}, (), "a label from 0 to 1"),
     ("mrpc", {"sentence2": 3}, (), "needs sentence1 and sentence2 as text"),
     ("cola", {"idx": 0}, ("--test",), "test.jsonl, row 2, needs sentence as text, idx counting"),
     ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
-    ("cola", {}, ("--seed", -1), "--seed from 0"),
     ("cola", {}, ("--dropout", 1), "--dropout from 0 to below 1"),
-    ("nli", None, (), "invalid choice"),
     ("rte", None, (), "train.jsonl"),
 ])
 def test_glue_says_what_is_wrong(glue, tmp_path, task, columns, flags, words):
@@ -1935,8 +1649,6 @@ def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_pat
     monkeypatch.setattr(finetune_glue.Trial, "run_step", None)  # all below is said before a step
     glue(*args, "--test", refused="test.jsonl")
     glue(*args, "--out", glue.folder / "glue.json", refused="glue.json")  # a file
-    if Path("/proc/self").is_dir():  # where even root cannot write
-        glue(*args, "--out", "/proc/self", refused="/proc/self")
     (glue.folder / "glue.json").write_text('{"runs": 3}')
     (folder / "train.jsonl").write_text(json.dumps({"text": "x", "label": 0}))
     glue(*args, refused="glue.json is not a results file")
