@@ -1555,12 +1555,17 @@ def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_pat
     [result] = json.loads(results.read_text())
     assert result["torch"] == torch.__version__ and result["rows"] == 32
     results.write_text(json.dumps([{**result, "torch": "2.0", "card": "another"}]))
-    assert "cola: glue.json has all these trials, none is run" in glue(*flags)
+    before = glue(*flags)
+    assert "cola: glue.json has all these trials, none is run" in before
 
-    for split in ("train", "validation"):
-        path = data / f"cola/{split}.jsonl"
-        path.write_text(path.read_text().replace('"label": 1', '"label": 0', 1))
+    files = {data / f"cola/{split}.jsonl": "" for split in ("train", "validation")}
+    for path in files:
+        files[path] = path.read_text()
+        path.write_text(files[path].replace('"label": 1', '"label": 0', 9))
         assert "cola seed 0" in glue(*flags)
+    for path, content in files.items():
+        path.write_text(content)
+    assert glue(*flags) == before  # the table has the scores of these data
     assert "cola seed 0" in glue(*flags, "--lr", 1e-3)
     content = torch.load(ckpt, weights_only=True)
     content["model"]["embed.weight"] += 1e-3
@@ -1584,9 +1589,11 @@ def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypa
 
 @slow
 def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """The example of the script, and a byte order mark as Windows writes it."""
-    code = Path(finetune_glue.__file__).read_text()
-    [entry] = re.findall(r'^# +("emotion": .*)', code, re.M)
+    """The example of script and README, and a byte order mark as Windows writes it."""
+    [entry], [in_readme] = (
+        re.findall(r'^#? +("emotion": .*)', (HERE / name).read_text(encoding="utf-8"), re.M)
+        for name in ("finetune_glue.py", "README.md"))
+    assert entry == in_readme
     own = eval("{" + entry + "}", vars(finetune_glue))
     monkeypatch.setattr(finetune_glue, "TASKS", {**own, **finetune_glue.TASKS})
     for path in (write_glue(tmp_path / "glue", "emotion", train=16) / "emotion").iterdir():
