@@ -1563,6 +1563,9 @@ def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_pat
         files[path] = path.read_text()
         path.write_text(files[path].replace('"label": 1', '"label": 0', 9))
         assert "cola seed 0" in glue(*flags)
+    first, *others = json.loads(results.read_text())
+    others = [{**result, "scores": {"validation": 99.0}} for result in others]
+    results.write_text(json.dumps([first, *others]))
     for path, content in files.items():
         path.write_text(content)
     assert glue(*flags) == before  # the table has the scores of these data
