@@ -27,6 +27,7 @@ model, 8 command line.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -547,11 +548,16 @@ class Data:
         if not (folder / "meta.json").exists():
             raise CramError(f"no prepared data in {folder}: name its folder with --data, or make "
                             f"it with prepare.py --out {folder}")
-        meta = json.loads((folder / "meta.json").read_text())
-        self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
-        self.unigram_entropy = meta["unigram_entropy"]
-        self.hashes = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
+            self.unigram_entropy = meta["unigram_entropy"]
+            self.hashes = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
+        except (ValueError, KeyError, TypeError):
+            raise CramError(f"{folder}/meta.json is damaged: copy the folder again") from None
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
+            raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
         for name, rows in (("train.bin", meta["train_rows"]), ("val.bin", meta["val_rows"])):
             size, expected = (folder / name).stat().st_size, rows * self.seq_len * 2
             if size != expected:
@@ -1052,7 +1058,8 @@ def save_atomic(path, content):
 def load_file(path):
     """A dictionary that save_atomic wrote. With weights_only no code in the file is run."""
     if not Path(path).is_file():
-        raise CramError(f"no checkpoint {path}")
+        raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
+                        "stopped needs --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
@@ -1135,8 +1142,9 @@ def print_header(s, data, model, device, dtype, use_compile, microbatch):
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
         f"{microbatch} rows per forward pass\n"
-        f"{len(data.train):,} rows of {data.seq_len} tokens; always predicting the frequencies of "
-        f"the tokens gives loss {data.unigram_entropy:.3f}, the unigram entropy")
+        f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
+        "validate on; always predicting the token frequencies gives loss "
+        f"{data.unigram_entropy:.3f}, the unigram entropy")
     say(LOG_HEADER)
 
 
@@ -1293,8 +1301,8 @@ def export(path, folder):
         config = {"architectures": ["ModernBertForTokenClassification"],
                   "id2label": {0: "original", 1: "replaced"},
                   "label2id": {"original": 0, "replaced": 1}}
-    torch.save({name: w.detach().clone() for name, w in weights.items()},
-               folder / "pytorch_model.bin")
+    save_atomic(folder / "pytorch_model.bin",
+                {name: w.detach().clone() for name, w in weights.items()})
 
     theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({

@@ -140,6 +140,8 @@ def read_split(name, split, folder):
         try:
             with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
                 rows = [json.loads(line) for line in f if line.strip()]
+        except json.JSONDecodeError as error:
+            raise CramError(f"{where}: not JSON ({error.msg}): {error.doc[:80]!r}") from None
         except (ValueError, EOFError, lzma.LZMAError) as error:
             raise CramError(f"{where} cannot be read: {error}") from None
     check_rows(rows, TASKS[name], split in TASKS[name].test, where)
@@ -162,7 +164,8 @@ def check_rows(rows, task, is_test, where):
         elif good:
             good = isinstance(row.get("label"), (int, float)) and 0 <= row["label"] <= 5
         if not good:
-            raise CramError(f"{where}, row {i + 1}, needs {needs}: {json.dumps(row)[:200]}")
+            shown = {key: str(x)[:40] for key, x in row.items()} if isinstance(row, dict) else row
+            raise CramError(f"{where}, row {i + 1}, needs {needs}, but is {shown!a:.400}")
 
 
 def load_task(name, args, tokenizer, device):
@@ -186,7 +189,7 @@ def load_task(name, args, tokenizer, device):
 
     rows = len(splits["train"].ids)
     if rows < args.batch_size:
-        raise CramError(f"{name} has fewer training rows than --batch-size {args.batch_size}")
+        raise CramError(f"{name} has {rows} training rows: give a smaller --batch-size")
     if task.train_rows not in (None, rows):
         print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
     return splits, sha256(json.dumps(hashed).encode())

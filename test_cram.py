@@ -996,6 +996,14 @@ def test_cram_says_what_is_wrong(train, flags, words):
     assert not list(train.folder.glob("o/*.pt*"))
 
 
+@pytest.mark.parametrize("name, words", [
+    ("meta.json", "damaged"), ("tokenizer.json", "not the one"), ("val.bin", "should have")])
+def test_a_data_folder_that_was_copied_badly_is_refused(data, train, name, words):
+    folder = shutil.copytree(data, train.folder / "data")
+    (folder / name).write_text("{}")
+    train("o", data=folder, refused=words, steps=2)
+
+
 class Mischief:
     def __reduce__(self):
         return os.system, ("touch mischief-was-done",)
@@ -1642,7 +1650,7 @@ def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
     ("cola", {"label": "1"}, (), '"label": "1"'),
     ("mrpc", {"sentence2": 3}, (), "needs sentence1 and sentence2 as text"),
     ("cola", {"idx": 0}, ("--test",), "test.jsonl, row 2, needs sentence as text, idx counting"),
-    ("cola", {}, ("--batch-size", 100), "fewer training rows than --batch-size 100"),
+    ("cola", {}, ("--batch-size", 100), "training rows: give a smaller --batch-size"),
     ("cola", {}, ("--dropout", 1), "--dropout from 0 to below 1"),
     ("rte", None, (), "train.jsonl"),
 ])
@@ -1665,4 +1673,4 @@ def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_pat
     (glue.folder / "glue.json").unlink()
     glue(*args, refused="needs sentence as text")
     (folder / "train.jsonl").write_text('{"sentence": ')
-    glue(*args, refused="train.jsonl cannot be read")
+    glue(*args, refused="train.jsonl: not JSON")
