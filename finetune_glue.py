@@ -164,8 +164,9 @@ def check_rows(rows, task, is_test, where):
         elif good:
             good = isinstance(row.get("label"), (int, float)) and 0 <= row["label"] <= 5
         if not good:
-            shown = {key: str(x)[:40] for key, x in row.items()} if isinstance(row, dict) else row
-            raise CramError(f"{where}, row {i + 1}, needs {needs}, but is {shown!a:.400}")
+            if isinstance(row, dict):  # show its label, too
+                row = {key: x[:40] if isinstance(x, str) else x for key, x in row.items()}
+            raise CramError(f"{where}, row {i + 1}, needs {needs}: {json.dumps(row)[:300]}")
 
 
 def load_task(name, args, tokenizer, device):
