@@ -5,7 +5,7 @@
     python cram.py --resume                           # continue a run that was stopped
     python cram.py --fill "paris is the <mask> of france."
     python cram.py --recipe electra --minutes 10 --out out/electra
-    python cram.py --out out/electra --export bert    # a folder for Hugging Face transformers
+    python cram.py --out out/electra --export out/bert  # for Hugging Face transformers
     torchrun --standalone --nproc_per_node=8 cram.py  # one process for each of eight GPUs
 
 The default recipe, `crammed`, is that of "Cramming: Training a Language Model on a Single GPU in
