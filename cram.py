@@ -601,8 +601,8 @@ def next_position(position, batch, rows_left, n_rows, s):
     takes, this batch included.
 
     If that is less than the rest of the file, the first pass skips evenly ahead, so that a short
-    budget sees the whole curriculum. Not quite evenly: the last fifth of the file gets up to a tenth
-    less, as whole batches end before the file does, and with --hours the pace is known roughly.
+    budget sees the whole curriculum. Not quite evenly: the last fifth gets up to a tenth less than
+    its share, as whole batches end before the file, and with --hours the pace is known roughly.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
