@@ -17,13 +17,13 @@
 | what each recipe computes has not moved | final_loss* |
 | a run learns; log, validation, --fill, load_checkpoint | a_run_learns* to checkpoint_of_an_* |
 | microbatch and processes change no result | microbatch_changes*, two_processes* |
-| the deadline holds | the_clock* |
+| the deadline holds, no row is skipped for a slow start | the_clock*, a_first_step* |
 | resume is exact, also after kill -9 | interrupted_twice*, finished_run*, stopped_or_killed* |
 | nothing is overwritten; one run a folder | neither_overwritten*, stopped_or_killed* |
 | screens, names and full disks end no run | stopped_or_killed*, names*, full_disk* |
 | steps, weights that are not finite | step_that_is_not*, diverged*, model_that_is_not* |
 | the microbatch is fitted to memory | the_microbatch_is_halved*, fitted_to_the_card* |
-| torchrun: both stop together, one can go on | two_processes* |
+| torchrun: both stop together, one can go on; one is late | two_processes*, starts_late* |
 | --export is the same model in transformers | exported_model*, cannot_be_exported* |
 | a card: compilation, 16 bits, CUDA graphs | a_compiled_run*, replayed* |
 | GLUE: metrics, examples, schedule, training loop | metrics* to adamw* |
@@ -937,6 +937,20 @@ def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
     assert sum("val_loss" in line for line in log) == 20
 
 
+def test_a_first_step_that_compiles_skips_no_rows(train, monkeypatch):
+    """It takes half of the minute; the others, of half a second, read more than all rows."""
+    now, steps, real = [1000.0], itertools.count(), cram.mask_tokens
+
+    def step(*mask_args):
+        now[0] += 0.5 if next(steps) else 30
+        return real(*mask_args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cram, "mask_tokens", step)
+    saved, _ = train(minutes=1, ramp=0)
+    assert saved["state"]["rows"] == saved["state"]["position"] > 59 * 32
+
+
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
     """With a rate so small that no weight moves, a budget of 40 steps, with a line for each, has
     the losses that one of 100 has, with a line for one or two."""
@@ -1229,6 +1243,19 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
     for line, other in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
             assert line.get(key) == pytest.approx(other.get(key), abs=0.05)
+
+
+@slow
+def test_a_process_that_starts_late_validates_with_the_others(data, tmp_path):
+    """Its clock is a tenth of the budget behind, so between the two a validation is always due."""
+    late = tmp_path / "late.py"
+    late.write_text(f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import cram\n"
+                    "time.sleep(0.5 * (cram.RANK == 0)); cram.main()")
+    flags = {**TINY, "minutes": 5 / 60, "data": data, "out": tmp_path / "o"}
+    process = subprocess.run([sys.executable, *TORCHRUN, late, *map(str, flags_of(flags))],
+                             capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert all(line.get("val_loss", 0) < 8 for line in read_run(tmp_path / "o")[1])
 
 
 # ------------------------------------------------------------------------------------------ export
