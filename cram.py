@@ -125,7 +125,7 @@ RECIPES = {  # what a recipe sets where the command line does not
     "crammed": {},
     "modern": MODERN,
     "electra": {**MODERN, "objective": "rtd", "mask_rate": 0.15, "lr": 1e-3,
-                "layers": 12, "width": 512, "heads": 8},  # in few minutes better than 16 x 768
+                "layers": 12, "width": 512, "heads": 8},  # in six minutes better than 16 x 768
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
@@ -485,8 +485,8 @@ class Muon(torch.optim.Optimizer):
 
     The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
     size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
-    torch's takes matrix by matrix, 51 ms a step on an H200; this one takes all of a shape at once,
-    7 ms. Each process orthogonalizes its share of them.
+    torch's takes one matrix at a time, which leaves a large card idle; this one takes all of a
+    shape at once. Each process orthogonalizes its share of them.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
@@ -705,7 +705,7 @@ def train(s, saved=None):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
     print_header(s, data, model, device, dtype, use_compile, microbatch)
-    elapsed, = all_max(clock.elapsed())  # agreed on, or one process would validate alone
+    elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
     def log_line(elapsed, with_validation):
@@ -907,7 +907,7 @@ class Clock:
 class Stop:
     """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second Ctrl-C
     ends the process at once. A second SIGTERM does not: a cluster and torchrun may send one each.
-    Ignored signals stay ignored, as nohup needs it."""
+    Ignored signals stay ignored: nohup relies on it."""
 
     def __init__(self):
         self.asked = False
@@ -985,8 +985,8 @@ def say(text):
 def lock_folder(out):
     """Make the folder, and let one run at a time write there. Returns a file to keep open.
 
-    The lock ends with the process, however that ends: with lockf also if a forked child lives on.
-    Windows has no such locks, and a file system without them gets a warning.
+    The lock ends with the process, however that ends. Open the file nowhere else: closing it once
+    releases the lock. Windows has no such locks; a file system without them gets a warning.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "w")

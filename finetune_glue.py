@@ -389,8 +389,9 @@ class Trial:
                 outputs.append(self.model(ids, attention_mask).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
-            print("the next score is void, its trial diverged: try a smaller --lr", flush=True)
-            logits = np.zeros_like(logits)  # the same prediction for every row
+            print("this trial diverged, the next score is that of a constant answer: try a smaller "
+                  "--lr", flush=True)
+            logits = np.zeros_like(logits)
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
     def scores(self, splits):
