@@ -468,7 +468,8 @@ def batch_at(progress, s):
 
 def build_optimizers(model, s):
     """AdamW; with --optimizer muon, Muon for the matrices of blocks, heads and projection (Q, K and
-    V one by one), and AdamW for the rest: vectors, and the embedding, which is also the decoder."""
+    V one by one), and AdamW for the rest: vectors, and the embedding, which is also the decoder.
+    Their learning rate is zero until `train` sets it for a step."""
     def takes_muon(name, p):
         return s.optimizer == "muon" and p.ndim == 2 and not name.endswith("embed.weight")
 
@@ -476,8 +477,8 @@ def build_optimizers(model, s):
     others = [p for name, p in model.named_parameters() if not takes_muon(name, p)]
     groups = [{"params": [p for p in others if p.ndim != 1], "weight_decay": s.weight_decay},
               {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
-    return [adamw, Muon(matrices, s.lr, s.weight_decay)] if matrices else [adamw]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(s.beta1, s.beta2), eps=s.eps, fused=True)
+    return [adamw, Muon(matrices, 0.0, s.weight_decay)] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -684,7 +685,7 @@ def train(s, saved=None):
             total = total + metrics.detach()
         return total
 
-    with clock.part("compile"):  # before `restore`: the search sets the optimizers' states to zero
+    with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
         microbatch = s.microbatch or (512 if device.type == "cuda" else 32)
         if use_compile or device.type == "cuda":
             microbatch = find_microbatch(
@@ -821,18 +822,16 @@ def train(s, saved=None):
 def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
-    Tries two microbatches of zeros, which also compiles the code. The optimizers' states must lie
-    in memory by then, as they will for the rest of the run: a step with gradients and a learning
-    rate of zero makes them and moves no weight.
+    Tries two microbatches of zeros, which also compiles the code. The optimizers' moments must lie
+    in memory by then, as for the rest of the run: a step with gradients and a learning rate of zero
+    makes them and moves no weight.
     """
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         optimizer.step()
-        for state in optimizer.state.values():
-            for tensor in state.values():
+        for moments in optimizer.state.values():
+            for tensor in moments.values():
                 tensor.zero_()  # AdamW counts its steps
     model.zero_grad()
 
