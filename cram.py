@@ -554,23 +554,22 @@ class Data:
             self.vocab_size, self.seq_len = meta["vocab_size"], meta["seq_len"]
             self.unigram_entropy = meta["unigram_entropy"]
             self.hashes = {key: meta[key] for key in ("train_sha256", "tokenizer_sha256")}
-        except (ValueError, KeyError, TypeError):
-            raise CramError(f"{folder}/meta.json is damaged: copy the folder again") from None
+            self.train, self.val = (  # reshape notices a file that was copied in part
+                np.memmap(folder / f"{name}.bin", "<u2", "r").reshape(
+                    meta[f"{name}_rows"], self.seq_len) for name in ("train", "val"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CramError(f"meta.json, train.bin or val.bin in {folder} is damaged ({error}): "
+                            "copy the folder again") from None
         self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
-        for name, rows in (("train.bin", meta["train_rows"]), ("val.bin", meta["val_rows"])):
-            size, expected = (folder / name).stat().st_size, rows * self.seq_len * 2
-            if size != expected:
-                raise CramError(f"{folder}/{name} has {size:,} bytes and should have {expected:,}: "
-                                "copy it again, or run prepare.py again")
-        self.train, self.val = (np.memmap(folder / name, "<u2", "r").reshape(-1, self.seq_len)
-                                for name in ("train.bin", "val.bin"))
 
-    def read(self, position, count, s):
-        """Rows (count, T) int32 from a position of the run on."""
-        numbers = row_numbers(position, count, len(self.train), s)
-        return torch.from_numpy(self.train[numbers].astype(np.int32))
+    def read(self, position, s, pin):
+        """Rows (s.batch, T) int32 from a position of the run on. Pinned memory is copied to a card
+        without waiting."""
+        numbers = row_numbers(position, s.batch, len(self.train), s)
+        rows = torch.from_numpy(self.train[numbers].astype(np.int32))
+        return rows.pin_memory() if pin else rows
 
 
 def row_numbers(position, count, n_rows, s):
@@ -655,6 +654,7 @@ def train(s, saved=None):
     clock = Clock(saved and saved["clock"])  # the budget counts from here to the last update
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
+        on_card = device.type == "cuda"
         join_processes(s, device)
         data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
         val_set = validation_set(data, device)
@@ -686,21 +686,13 @@ def train(s, saved=None):
         return total
 
     with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
-        microbatch = s.microbatch or (512 if device.type == "cuda" else 32)
-        if use_compile or device.type == "cuda":
+        microbatch = s.microbatch or (512 if on_card else 32)
+        if use_compile or on_card:
             microbatch = find_microbatch(
                 microbatch, s, data.seq_len, model, optimizers, forward_backward)
     if saved:
         state = restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
-
-    # A thread reads the next rows while the card computes. It reads s.batch rows, the most that a
-    # step takes: the clock decides later. From pinned memory rows are copied without waiting.
-    reader = ThreadPoolExecutor(1)
-
-    def fetch(position):
-        rows = data.read(position, s.batch, s)
-        return rows.pin_memory() if device.type == "cuda" else rows
 
     def progress_at(elapsed):
         return state.step / s.steps if s.steps else elapsed / budget_s
@@ -724,7 +716,10 @@ def train(s, saved=None):
     if s.steps:  # then all rows of the budget are known
         rows_planned = state.rows + sum(
             batch_at(k / s.steps, s) for k in range(state.step, s.steps))
-    fetched = reader.submit(fetch, state.position)
+    # A thread reads the next rows while the card computes: s.batch rows, the most that a step
+    # takes, as the clock decides only later how many it takes
+    reader = ThreadPoolExecutor(1)
+    fetched = reader.submit(data.read, state.position, s, on_card)
     first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
@@ -749,7 +744,7 @@ def train(s, saved=None):
         else:
             rows_left = (budget_s - elapsed) / s_per_row
         position = next_position(state.position, batch, rows_left, len(data.train), s)
-        fetched = reader.submit(fetch, position)
+        fetched = reader.submit(data.read, position, s, on_card)
 
         # 4. Gradients, summed over the processes
         metrics = forward_backward(rows, microbatch)

