@@ -652,6 +652,7 @@ class TrainState:
 def train(s, saved=None):
     """Train by the settings s from the start, or resume from the contents of last.pt."""
     clock = Clock(saved and saved["clock"])  # the budget counts from here to the last update
+    state = TrainState(**(saved["state"] if saved else {}))
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
         on_card = device.type == "cuda"
@@ -669,7 +670,7 @@ def train(s, saved=None):
         warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        mask_generator, state = torch.Generator(device), TrainState()
+        mask_generator = torch.Generator(device)
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Leaves its part of the
@@ -691,7 +692,7 @@ def train(s, saved=None):
             microbatch = find_microbatch(
                 microbatch, s, data.seq_len, model, optimizers, forward_backward)
     if saved:
-        state = restore(saved, s, data, model, optimizers, scaler)
+        restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     def progress_at(elapsed):
@@ -1009,19 +1010,17 @@ def check_free_disk(out, model):
 
 
 def restore(saved, s, data, model, optimizers, scaler):
-    """Put the contents of last.pt where they belong; returns the TrainState."""
+    """Put the weights, moments and loss scale of last.pt where they belong."""
     differs = [key for key in data.hashes if saved["data"][key] != data.hashes[key]]
     if differs:
         raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
                         + " and ".join(differs))
     model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
+    for optimizer, moments in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(moments)
     if saved["scaler"]:  # empty if the run had another precision
         scaler.load_state_dict(saved["scaler"])
-    state = TrainState(**saved["state"])
     saved.clear()  # 1.4 GB
-    return state
 
 
 def save_run(path, s, data, state, clock, model, optimizers, scaler):
