@@ -656,13 +656,12 @@ def train(s, saved=None):
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
         on_card = device.type == "cuda"
-        join_processes(s, device)
         data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
         val_set = validation_set(data, device)
         torch.manual_seed(s.seed)
         with device:  # the CPU would take seconds to draw 120 M weights
             model = build_model(s, data.vocab_size, data.seq_len)
-        broadcast(model)
+        join_processes(s, device, model)
         check_free_disk(out, model)
         optimizers = build_optimizers(model, s)
         use_compile = can_compile(device) if s.compile is None else s.compile
@@ -919,21 +918,18 @@ class Stop:
             os.write(1, b"\nstopping after this step; once more to leave at once\n")
 
 
-def join_processes(s, device):
-    if WORLD_SIZE > 1:
-        if device.type == "mps":
-            raise CramError("torchrun needs CUDA cards, or --device cpu")
-        if batch_at(0, s) < WORLD_SIZE:
-            raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
-        # gloo carries the numbers of all_max, NCCL what is on the cards
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
-
-def broadcast(model):
-    """Begin with rank 0's weights: cards of two models draw different ones from a seed."""
-    if WORLD_SIZE > 1:
-        for p in model.parameters():
-            dist.broadcast(p.detach(), 0)
+def join_processes(s, device, model):
+    """All begin with rank 0's weights: cards of two models draw different ones from a seed."""
+    if WORLD_SIZE == 1:
+        return
+    if device.type == "mps":
+        raise CramError("torchrun needs CUDA cards, or --device cpu")
+    if batch_at(0, s) < WORLD_SIZE:
+        raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
+    # gloo carries the numbers of all_max, NCCL what is on the cards
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    for p in model.parameters():
+        dist.broadcast(p.detach(), 0)
 
 
 def my_rows(x):
