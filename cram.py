@@ -766,9 +766,7 @@ def train(s, saved=None):
             state.skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == MAX_SKIPPED:
-                raise CramError(f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not "
-                                "finite: the run has diverged. Resume it from last.pt, or start "
-                                "again with a smaller --lr and another --out")
+                raise diverged(f"the losses or gradients of {MAX_SKIPPED} steps in a row are")
         scaler.update()
         model.zero_grad()
 
@@ -800,8 +798,7 @@ def train(s, saved=None):
     # record the last line of the log, so that a resume with a larger budget removes it.
     result = log_line(clock.elapsed(), with_validation=True)
     if not math.isfinite(result["val_loss"]):
-        raise CramError(f"the validation loss is {result['val_loss']}: the run has diverged, no "
-                        "ckpt.pt is written. Start again with a smaller --lr and another --out")
+        raise diverged("the validation loss is")
     if RANK == 0:
         save_atomic(out / "ckpt.pt", finished(s, data, model, result))
     try:
@@ -1005,6 +1002,11 @@ def check_free_disk(out, model):
                         f"{(needed - there) / 1e9:.1f} GB: make room, or give another --out")
 
 
+def diverged(what):
+    return CramError(f"{what} not finite: the run has diverged. Resume it from its last.pt, if it "
+                     "has one, or start again with a smaller --lr and another --out")
+
+
 def restore(saved, s, data, model, optimizers, scaler):
     """Put the weights, moments and loss scale of last.pt where they belong."""
     differs = [key for key in data.hashes if saved["data"][key] != data.hashes[key]]
@@ -1022,8 +1024,7 @@ def restore(saved, s, data, model, optimizers, scaler):
 def save_run(path, s, data, state, clock, model, optimizers, scaler):
     """Write last.pt, all that a resume needs. Weights that are not finite do not replace it."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise CramError(f"the weights are not finite: the run has diverged, and {path} is kept as "
-                        "it was. Resume it, or start again with a smaller --lr and another --out")
+        raise diverged("the weights are")
     save_atomic(path, {
         "settings": asdict(s), "data": data.hashes, "state": asdict(state),
         "clock": clock.saved(), "model": model.state_dict(), "scaler": scaler.state_dict(),

@@ -1158,7 +1158,7 @@ def test_a_run_that_diverged_stops_and_keeps_its_last_checkpoint(train, monkeypa
 
 
 @pytest.mark.parametrize("steps, lr, words", [
-    (10, 1e39, "not finite: the run has diverged"), (2, 1e37, "validation loss is nan")])
+    (10, 1e39, "not finite: the run has diverged"), (2, 1e37, "validation loss is not finite")])
 def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     """The first step has learning rate 0; the second makes the weights infinite, or so large that
     they give no loss."""
