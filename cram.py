@@ -649,10 +649,10 @@ class TrainState:
 
 @sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest first
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
-def train(s, saved=None):
-    """Train by the settings s from the start, or resume from the contents of last.pt."""
-    clock = Clock(saved and saved["clock"])  # the budget counts from here to the last update
-    state = TrainState(**(saved["state"] if saved else {}))
+def train(s, saved):
+    """Train by the settings s. `saved` is what last.pt holds, or {} for a new run."""
+    clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
+    state = TrainState(**saved.get("state", {}))
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
         on_card = device.type == "cuda"
@@ -785,7 +785,7 @@ def train(s, saved=None):
                 say(f"{error}; training continues, the older last.pt is kept")
             saved_at = time.monotonic()
 
-    clock.stop()
+    clock.stopped_at = time.monotonic()
     reader.shutdown(cancel_futures=True)
     if stopping:
         save_last()
@@ -864,35 +864,25 @@ def validate(model, autocast, val_set, rows_at_once):
 class Clock:
     """Seconds of the budget, without the time between sessions.
 
-    What is not start-up, compilation, validation or saving is training. After `stop` nothing counts
-    any more: final validation and checkpoints cost no budget, and a resume does not pay for them.
+    What is not start-up, compilation, validation or saving is training. When `stopped_at` is set,
+    nothing counts any more: final validation and checkpoints cost no budget, also not on a resume.
     """
 
-    def __init__(self, saved=None):
-        saved = saved or {"elapsed_s": 0.0, "parts": dict.fromkeys(
-            ("start", "compile", "validate", "save"), 0.0)}
-        self.parts, self.stopped = saved["parts"], None
-        self.zero = time.monotonic() - saved["elapsed_s"]
+    def __init__(self, elapsed_s=0.0, parts=None):
+        self.zero, self.stopped_at = time.monotonic() - elapsed_s, None
+        self.parts = parts or dict.fromkeys(("start", "compile", "validate", "save"), 0.0)
 
     def elapsed(self):
-        return (self.stopped or time.monotonic()) - self.zero
+        return (self.stopped_at or time.monotonic()) - self.zero
 
     def training_s(self):
         return self.elapsed() - sum(self.parts.values())
 
-    def stop(self):
-        self.stopped = time.monotonic()
-
-    def saved(self):
-        return {"elapsed_s": self.elapsed(), "parts": self.parts}
-
     @contextlib.contextmanager
     def part(self, name):
         began = self.elapsed()
-        try:
-            yield
-        finally:
-            self.parts[name] += self.elapsed() - began
+        yield
+        self.parts[name] += self.elapsed() - began
 
 
 class Stop:
@@ -1027,7 +1017,8 @@ def save_run(path, s, data, state, clock, model, optimizers, scaler):
         raise diverged("the weights are")
     save_atomic(path, {
         "settings": asdict(s), "data": data.hashes, "state": asdict(state),
-        "clock": clock.saved(), "model": model.state_dict(), "scaler": scaler.state_dict(),
+        "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
+        "model": model.state_dict(), "scaler": scaler.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
@@ -1152,7 +1143,7 @@ tokens           {tokens:,} in {state.rows:,} rows, {state.rows / len(data.train
 steps            {state.step:,}, of which {state.skipped:,} skipped
 wall clock       {elapsed:.1f} s of {budget}
                  {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
-after the clock  {time.monotonic() - clock.stopped:.1f} s for the final validation and checkpoint
+after the clock  {time.monotonic() - clock.stopped_at:.1f} s for the final validation and checkpoint
 peak memory      {memory}
 exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
 training loss    {result.get('loss_generator', result['loss']) or math.nan:.3f}
@@ -1434,7 +1425,7 @@ def main():
         raise CramError(f"there is no {out}/last.pt to resume")
     s = None if resume else resolve_settings(given)  # a wrong flag leaves no folder behind
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
-    saved = load_file(out / "last.pt") if resume else None
+    saved = load_file(out / "last.pt") if resume else {}
     if resume:
         s = resolve_settings({**given, "out": str(out)}, saved)  # out may have been moved
     elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
