@@ -701,13 +701,6 @@ def train(s, saved):
     elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
-    def log_line(elapsed, with_validation):
-        val_metrics = {}
-        if with_validation:
-            with clock.part("validate"):
-                val_metrics = validate(model, autocast, val_set, microbatch)
-        return log.write(state, elapsed, progress_at(elapsed), clock.training_s(), val_metrics)
-
     def save_last():
         if RANK == 0:
             with clock.part("save"):
@@ -774,9 +767,12 @@ def train(s, saved):
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch, state.s_per_row = lr, batch, (time.monotonic() - began) / batch
         elapsed = all_max(clock.elapsed())[0]
-        line_due, validation_due = log.due(progress_at(elapsed))
+        progress = progress_at(elapsed)
+        line_due, validation_due = log.due(progress)
         if line_due:
-            log_line(elapsed, validation_due)
+            with clock.part("validate"):
+                val = validate(model, autocast, val_set, microbatch) if validation_due else {}
+            log.write(elapsed, progress, val)
             state.log_bytes, state.metric_steps = log.file.tell(), 0
         if time.monotonic() - saved_at > 60 * s.save_minutes:
             try:
@@ -796,7 +792,7 @@ def train(s, saved):
 
     # ckpt.pt first: if the disk holds only one more file, it should be the model. last.pt does not
     # record the last line of the log, so that a resume with a larger budget removes it.
-    result = log_line(clock.elapsed(), with_validation=True)
+    result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")
     if RANK == 0:
@@ -1061,8 +1057,9 @@ class Log:
 
     def __init__(self, s, data, model, state, clock, progress, peak_flops):
         self.interval = min(0.02, 100 / s.steps if s.steps else 1 / (60 * s.hours))
-        self.progress, self.rows, self.seconds = progress, state.rows, clock.training_s()
-        self.seq_len, self.names, self.tokens_per_s = data.seq_len, model.metric_names, 0.0
+        self.state, self.clock, self.progress = state, clock, progress
+        self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
+        self.seq_len, self.metric_names = data.seq_len, model.metric_names
         self.mfu_per_token = peak_flops and (
             model.flops_per_token(s.mask_rate) / peak_flops / WORLD_SIZE)
         path = os.devnull if RANK else Path(s.out) / "log.jsonl"
@@ -1079,15 +1076,16 @@ class Log:
         line = validation or int(progress / self.interval) > int(before / self.interval)
         return line and progress < 1, validation
 
-    def write(self, state, elapsed, progress, training_s, val_metrics):
-        rows, seconds = state.rows - self.rows, training_s - self.seconds
-        self.rows, self.seconds = state.rows, training_s
-        if rows:
-            self.tokens_per_s = rows * self.seq_len / seconds
+    def write(self, elapsed, progress, val_metrics):
+        state, training_s = self.state, self.clock.training_s()
+        if state.rows > self.rows:
+            self.tokens_per_s = ((state.rows - self.rows) * self.seq_len
+                                 / (training_s - self.training_s))
+        self.rows, self.training_s = state.rows, training_s
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
                  # None before the first step that is finite
-                 **dict(itertools.zip_longest(self.names, state.metrics)),
+                 **dict(itertools.zip_longest(self.metric_names, state.metrics)),
                  "tokens_per_s": self.tokens_per_s,
                  "mfu": self.mfu_per_token and self.tokens_per_s * self.mfu_per_token,
                  **val_metrics}
