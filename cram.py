@@ -713,7 +713,7 @@ def train(s, saved):
     # takes, as the clock decides only later how many it takes
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
-    first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
+    first_step, last_good_step, saved_at = state.step, state.step - 1, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
@@ -754,11 +754,10 @@ def train(s, saved):
             for optimizer in optimizers:
                 scaler.step(optimizer)
             state.add(metrics)
-            skipped_in_a_row = 0
+            last_good_step = state.step
         else:
             state.skipped += 1
-            skipped_in_a_row += 1
-            if skipped_in_a_row == MAX_SKIPPED:
+            if state.step - last_good_step == MAX_SKIPPED:
                 raise diverged(f"the losses or gradients of {MAX_SKIPPED} steps in a row are")
         scaler.update()
         model.zero_grad()
