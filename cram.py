@@ -685,6 +685,13 @@ def train(s, saved):
             total = total + metrics.detach()
         return total
 
+    def progress_at(elapsed):
+        return state.step / s.steps if s.steps else elapsed / budget_s
+
+    def save_last():
+        with clock.part("save"):
+            save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
+
     with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
@@ -694,17 +701,9 @@ def train(s, saved):
         restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
-    def progress_at(elapsed):
-        return state.step / s.steps if s.steps else elapsed / budget_s
-
     print_header(s, data, model, device, dtype, use_compile, microbatch)
     elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
-
-    def save_last():
-        if RANK == 0:
-            with clock.part("save"):
-                save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
 
     if s.steps:  # then all rows of the budget are known
         rows_planned = state.rows + sum(
@@ -794,8 +793,7 @@ def train(s, saved):
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")
-    if RANK == 0:
-        save_atomic(out / "ckpt.pt", finished(s, data, model, result))
+    save_atomic(out / "ckpt.pt", finished(s, data, model, result))
     try:
         save_last()
     except OSError as error:
@@ -1018,8 +1016,10 @@ def save_run(path, s, data, state, clock, model, optimizers, scaler):
 
 
 def save_atomic(path, content):
-    """Save atomically: temporary file, fsync, rename. Raises OSError if it cannot be written;
-    what was there before is then still there."""
+    """Rank 0 saves atomically: temporary file, fsync, rename. Raises OSError if that fails; what
+    was there before is then still there."""
+    if RANK:
+        return
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
