@@ -957,19 +957,17 @@ def lock_folder(out):
     """Make the folder, and let one run at a time write there. Returns a file to keep open.
 
     The lock ends with the process, however that ends. Open the file nowhere else: closing it once
-    releases the lock. Windows has no such locks; a file system without them gets a warning.
+    releases the lock. Where there are no locks (Windows, some file systems) it warns.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "w")
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
     except (BlockingIOError, PermissionError):
         raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
                         "--out") from None
-    except OSError as error:
+    except (ImportError, OSError) as error:
         say(f"{out} cannot be locked ({error}): start no other run there")
     return file
 
