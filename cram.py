@@ -1094,10 +1094,6 @@ class Log:
         return entry
 
 
-LOG_HEADER = (
-    "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
-
-
 def log_row(e):
     """A line of the log for the screen. With --steps the time left is a guess: steps may grow. Of
     `Electra` loss and val are the generator's."""
@@ -1121,8 +1117,8 @@ def print_header(s, data, model, device, dtype, use_compile, microbatch):
         f"{microbatch} rows per forward pass\n"
         f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
         "validate on; always predicting the token frequencies gives loss "
-        f"{data.unigram_entropy:.3f}, the unigram entropy")
-    say(LOG_HEADER)
+        f"{data.unigram_entropy:.3f}, the unigram entropy\n"
+        "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
 
 
 def print_summary(s, data, model, state, clock, result, device, peak_flops):
