@@ -30,7 +30,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -1076,13 +1075,13 @@ class Log:
     def write(self, elapsed, progress, val_metrics):
         state, training_s = self.state, self.clock.training_s()
         if state.rows > self.rows:
-            self.tokens_per_s = ((state.rows - self.rows) * self.seq_len
-                                 / (training_s - self.training_s))
+            tokens = (state.rows - self.rows) * self.seq_len
+            self.tokens_per_s = tokens / (training_s - self.training_s)
         self.rows, self.training_s = state.rows, training_s
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
-                 # None before the first step that is finite
-                 **dict(itertools.zip_longest(self.metric_names, state.metrics)),
+                 **dict.fromkeys(self.metric_names),  # None until a step is finite
+                 **dict(zip(self.metric_names, state.metrics)),
                  "tokens_per_s": self.tokens_per_s,
                  "mfu": self.mfu_per_token and self.tokens_per_s * self.mfu_per_token,
                  **val_metrics}
