@@ -1056,8 +1056,7 @@ class Log:
         self.state, self.clock, self.progress = state, clock, progress
         self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
-        self.mfu_per_token = peak_flops and (
-            model.flops_per_token(s.mask_rate) / peak_flops / WORLD_SIZE)
+        self.mfu_per_token = peak_flops and model.flops_per_token(s.mask_rate) / peak_flops
         path = os.devnull if RANK else Path(s.out) / "log.jsonl"
         self.file = open(path, "ab", buffering=0)
         if RANK == 0:  # a resume cuts off what was written after last.pt
@@ -1126,7 +1125,7 @@ def print_summary(s, data, model, state, clock, result, device, peak_flops):
     budget = f"{s.steps:,} steps" if s.steps else f"{3600 * s.hours:.1f} s"
     memory = (f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
               if device.type == "cuda" else "n/a")
-    peak = f"{elapsed * peak_flops * WORLD_SIZE / 1e18:.3f}" if peak_flops else "n/a"
+    peak = f"{elapsed * peak_flops / 1e18:.3f}" if peak_flops else "n/a"
     used = tokens * model.flops_per_token(s.mask_rate) / 1e18
     say(f"""
 tokens           {tokens:,} in {state.rows:,} rows, {state.rows / len(data.train):.2f} passes
@@ -1150,7 +1149,8 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDI
 
 
 def find_device(name, precision):
-    """The device, the dtype of matrix products on it, and its peak in FLOP/s if known."""
+    """The device, the dtype of matrix products on it, and the peak of all processes' cards in
+    FLOP/s, None if unknown."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1168,7 +1168,7 @@ def find_device(name, precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     peak = None
     if device.type == "cuda" and dtype != torch.float32:
-        peak = next((1e12 * tflops for card, tflops in PEAK_TFLOPS.items()
+        peak = next((1e12 * tflops * WORLD_SIZE for card, tflops in PEAK_TFLOPS.items()
                      if re.search(rf"\b{card}\b", torch.cuda.get_device_name(device))), None)
     return device, dtype, peak
 
