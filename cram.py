@@ -1036,12 +1036,11 @@ def load_file(path):
                         "stopped needs --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
+            TypeError) as error:
         raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
                         f"({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"model", "settings"} <= set(content):
-        raise CramError(f"{path} is not a checkpoint of cram.py")
-    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
     if unknown:  # what is missing takes its default: an earlier version did not have it
         raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
     return content
