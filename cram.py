@@ -1186,15 +1186,18 @@ def can_compile(device):
 # --------------------------------------------------------------------------- 7. The finished model
 
 
+def networks_of(model):
+    """The networks that ckpt.pt holds. Of `Electra` the model is the discriminator."""
+    if isinstance(model, Electra):
+        return {"model": model.discriminator, "generator": model.generator}
+    return {"model": model}
+
+
 def finished(s, data, model, result):
-    """What ckpt.pt holds. Of `Electra` the model is the discriminator; its generator has a key of
-    its own."""
-    networks = {"model": model}
-    if s.objective == "rtd":
-        networks = {"model": model.discriminator, "generator": model.generator}
+    """What ckpt.pt holds."""
     return {"settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
             "tokenizer": data.tokenizer_json, "result": result,
-            **{name: network.state_dict() for name, network in networks.items()}}
+            **{name: network.state_dict() for name, network in networks_of(model).items()}}
 
 
 def load_checkpoint(path, device="cpu", generator=False):
@@ -1208,10 +1211,9 @@ def load_checkpoint(path, device="cpu", generator=False):
     content = load_file(path)
     if "tokenizer" not in content:
         raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
-    model = build_model(Settings(**content["settings"]), content["vocab_size"], content["seq_len"])
-    name = "model"
-    if isinstance(model, Electra):
-        model, name = (model.generator, "generator") if generator else (model.discriminator, name)
+    name = "generator" if generator and "generator" in content else "model"
+    model = networks_of(build_model(
+        Settings(**content["settings"]), content["vocab_size"], content["seq_len"]))[name]
     model.load_state_dict(content[name])
     return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 
