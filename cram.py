@@ -1241,6 +1241,7 @@ def fill(path, text, device):
         raise CramError('--fill needs a text with a <mask> in it, as "paris is in <mask>."')
 
 
+@torch.no_grad()
 def export(path, folder):
     """Write a finished model as a folder that Hugging Face transformers loads as ModernBERT.
 
@@ -1256,17 +1257,18 @@ def export(path, folder):
     if any(folder.iterdir()):
         raise CramError(f"{folder} is not empty: give --export a new folder")
 
-    weights = {"model.embeddings.tok_embeddings": model.embed, "head.dense": model.head[0],
-               "model.embeddings.norm": model.embed_norm, "model.final_norm": model.final_norm,
-               "head.norm": model.head[2]}
-    weights = {f"{name}.weight": module.weight for name, module in weights.items()}
+    joined = {"model.embeddings.tok_embeddings": [model.embed], "head.dense": [model.head[0]],
+              "model.embeddings.norm": [model.embed_norm], "model.final_norm": [model.final_norm],
+              "head.norm": [model.head[2]]}
     for i, block in enumerate(model.blocks):
-        attention, ffn, layer = block.attention, block.ffn, f"model.layers.{i}."
-        joined = {"attn.Wqkv": (attention.q, attention.k, attention.v), "attn.Wo": (attention.out,),
-                  "mlp.Wi": (ffn.gate, ffn.up), "mlp.Wo": (ffn.down,), "mlp_norm": (block.norm2,),
-                  "attn_norm": (block.norm1,) if i else ()}
-        weights |= {f"{layer}{name}.weight": torch.cat([module.weight for module in modules])
-                    for name, modules in joined.items() if modules}
+        layer, attention, ffn = f"model.layers.{i}", block.attention, block.ffn
+        joined |= {f"{layer}.attn.Wqkv": [attention.q, attention.k, attention.v],
+                   f"{layer}.attn.Wo": [attention.out], f"{layer}.mlp.Wi": [ffn.gate, ffn.up],
+                   f"{layer}.mlp.Wo": [ffn.down], f"{layer}.mlp_norm": [block.norm2]}
+        if i:
+            joined[f"{layer}.attn_norm"] = [block.norm1]
+    weights = {f"{name}.weight": torch.cat([module.weight for module in modules])
+               for name, modules in joined.items()}
     config = {"architectures": ["ModernBertForMaskedLM"]}
     if is_rtd:  # softmax of (0, z) is the sigmoid of z
         weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
@@ -1274,8 +1276,7 @@ def export(path, folder):
         config = {"architectures": ["ModernBertForTokenClassification"],
                   "id2label": {0: "original", 1: "replaced"},
                   "label2id": {"original": 0, "replaced": 1}}
-    save_atomic(folder / "pytorch_model.bin",
-                {name: w.detach().clone() for name, w in weights.items()})
+    save_atomic(folder / "pytorch_model.bin", weights)
 
     theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({
