@@ -1324,7 +1324,7 @@ CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": (
 
 
 def check(s):
-    """Raise CramError for settings that cannot work."""
+    """Raise CramError for numbers that cannot work; argparse knows the CHOICES."""
     rules = [
         ("hours layers width heads generator_layers generator_width batch lr eps clip save_minutes",
          "a positive number", lambda x: 0 < x < math.inf),
@@ -1333,8 +1333,7 @@ def check(s):
          lambda x: 0 <= x <= 1),
         ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
         ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
-        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
-        *((name, " or ".join(words), words.__contains__) for name, words in CHOICES.items())]
+        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31)]
     for names, what, holds in rules:
         for name in names.split():
             value = getattr(s, name)
@@ -1353,7 +1352,7 @@ def resolve_settings(given, saved=None):
         raise CramError("give one of --hours, --minutes and --steps")
     if "minutes" in given:
         given["hours"] = given.pop("minutes") / 60
-    base = RECIPES.get(given.get("recipe", Settings.recipe), {})
+    base = RECIPES[given.get("recipe", Settings.recipe)]
     if saved:
         if "state" not in saved:
             raise CramError("this last.pt is a finished model, or from an earlier version of "
@@ -1382,8 +1381,9 @@ def parse_arguments():
         formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=24, width=140))
     for f in fields(Settings):
-        kind = {"type": f.type, "metavar": f.type.__name__} if f.default is not None else {
-            "action": argparse.BooleanOptionalAction}
+        kind = {"action": argparse.BooleanOptionalAction}
+        if f.default is not None:
+            kind = {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)}
         default = [f"default: {f.default}"] if f.default is not None else []
         default += [f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items()
                     if f.name in recipe]
