@@ -1352,6 +1352,8 @@ def resolve_settings(given, saved=None):
         raise CramError("give one of --hours, --minutes and --steps")
     if "minutes" in given:
         given["hours"] = given.pop("minutes") / 60
+    if "hours" in given:
+        given["steps"] = 0
     base = RECIPES[given.get("recipe", Settings.recipe)]
     if saved:
         if "state" not in saved:
@@ -1363,13 +1365,10 @@ def resolve_settings(given, saved=None):
                    and value != base[key]]
         if differs:
             raise CramError(f"a run cannot be resumed with other settings: {', '.join(differs)}")
-        unit, other = ("steps", "hours") if base["steps"] else ("hours", "steps")
-        if other in given or given.get("steps") == 0:  # which would mean --hours
-            raise CramError(f"this run was begun with --{unit}: resume it with that kind of budget")
-        if given.get(unit, base[unit]) != base[unit]:
-            say("another budget: the schedule continues at elapsed / new budget")
     s = Settings(**{**base, **given})
     check(s)
+    if saved and (s.hours, s.steps) != (base["hours"], base["steps"]):
+        say("another budget: the schedule continues at the fraction of it that is spent")
     return s
 
 
