@@ -1344,7 +1344,7 @@ def check(s):
             raise CramError(f"a width of {width} must be an even multiple of its {heads} heads")
 
 
-def resolve_settings(given, saved=None):
+def resolve_settings(given, saved):
     """The settings of a run: what was given on the command line, over those of last.pt or of the
     recipe."""
     given = dict(given)
@@ -1414,14 +1414,12 @@ def main():
 
     if resume and not (out / "last.pt").exists():
         raise CramError(f"there is no {out}/last.pt to resume")
-    s = None if resume else resolve_settings(given)  # a wrong flag leaves no folder behind
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
-    saved = load_file(out / "last.pt") if resume else {}
-    if resume:
-        s = resolve_settings({**given, "out": str(out)}, saved)  # out may have been moved
-    elif (out / "last.pt").exists() or (out / "ckpt.pt").exists():
+    if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
         raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
-    train(s, saved)
+    saved = load_file(out / "last.pt") if resume else {}
+    given["out"] = str(out)  # it may have been moved since
+    train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
