@@ -577,17 +577,12 @@ def row_numbers(position, count, n_rows, s):
     The first pass over the data is in the order of the file, the paper's curriculum (short
     sentences first); later passes, and all with --order random, are random permutations.
     """
-    parts = []
-    while count:
-        n_pass, start = divmod(position, n_rows)
-        if s.order == "file" and n_pass == 0:
-            parts.append(np.arange(start, min(start + count, n_rows)))
-        else:
-            order = permutation(n_rows, s.seed, n_pass - (s.order == "file"))
-            parts.append(order[start : start + count])
-        position += len(parts[-1])
-        count -= len(parts[-1])
-    return np.concatenate(parts)
+    passes, numbers = np.divmod(np.arange(position, position + count), n_rows)
+    first_random = 1 if s.order == "file" else 0
+    for n in range(max(first_random, passes[0]), passes[-1] + 1):
+        here = passes == n
+        numbers[here] = permutation(n_rows, s.seed, n - first_random)[numbers[here]]
+    return numbers
 
 
 @functools.lru_cache(2)  # 8 bytes a row each; two, because a batch may span two passes
