@@ -1024,8 +1024,8 @@ def save_atomic(path, content):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def load_file(path):
-    """A dictionary that save_atomic wrote. With weights_only no code in the file is run."""
+def load_file(path, needed):
+    """What save_atomic wrote, with the key `needed`. With weights_only no code in it is run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
                         "stopped needs --resume")
@@ -1038,6 +1038,9 @@ def load_file(path):
                         f"({type(error).__name__})") from None
     if unknown:  # what is missing takes its default: an earlier version did not have it
         raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
+    if needed not in content:
+        raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
+                        "finished model, and neither can take the other's place")
     return content
 
 
@@ -1203,9 +1206,7 @@ def load_checkpoint(path, device="cpu", generator=False):
 
     Raises CramError if the file is missing, is something else, or holds code.
     """
-    content = load_file(path)
-    if "tokenizer" not in content:
-        raise CramError(f"{path} is a run under way, not a finished model: give a ckpt.pt")
+    content = load_file(path, "tokenizer")
     name = "generator" if generator and "generator" in content else "model"
     model = networks_of(build_model(
         Settings(**content["settings"]), content["vocab_size"], content["seq_len"]))[name]
@@ -1351,9 +1352,6 @@ def resolve_settings(given, saved):
         given["steps"] = 0
     base = RECIPES[given.get("recipe", Settings.recipe)]
     if saved:
-        if "state" not in saved:
-            raise CramError("this last.pt is a finished model, or from an earlier version of "
-                            "cram.py: it cannot be resumed")
         base = asdict(Settings(**saved["settings"]))
         differs = [f"--{key.replace('_', '-')} {value} (was {base[key]})"
                    for key, value in given.items() if key not in MAY_CHANGE_ON_RESUME
@@ -1412,7 +1410,7 @@ def main():
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
     if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
         raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
-    saved = load_file(out / "last.pt") if resume else {}
+    saved = load_file(out / "last.pt", "state") if resume else {}
     given["out"] = str(out)  # it may have been moved since
     train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
