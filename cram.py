@@ -1244,7 +1244,6 @@ def export(path, folder):
     Raises CramError if it is not of that architecture, or the folder is not empty.
     """
     model, tokenizer = load_checkpoint(path)
-    is_rtd = model.objective == "rtd"
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
@@ -1265,22 +1264,23 @@ def export(path, folder):
             joined[f"{layer}.attn_norm"] = [block.norm1]
     weights = {f"{name}.weight": torch.cat([module.weight for module in modules])
                for name, modules in joined.items()}
-    config = {"architectures": ["ModernBertForMaskedLM"]}
-    if is_rtd:  # softmax of (0, z) is the sigmoid of z
+    kind, labels, warning = "ForMaskedLM", {}, ""
+    if model.objective == "rtd":  # softmax of (0, z) is the sigmoid of z
         weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
         weights["classifier.bias"] = F.pad(model.score_bias, (1, 0))
-        config = {"architectures": ["ModernBertForTokenClassification"],
-                  "id2label": {0: "original", 1: "replaced"},
-                  "label2id": {"original": 0, "replaced": 1}}
+        kind, labels = "ForTokenClassification", {
+            "id2label": {0: "original", 1: "replaced"}, "label2id": {"original": 0, "replaced": 1}}
+        warning = ("It says which tokens were replaced, and guesses none: AutoModelForMaskedLM "
+                   "loads this folder without complaint, but what it guesses is nonsense.\n")
     save_atomic(folder / "pytorch_model.bin", weights)
 
+    V, C = model.embed.weight.shape
     theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({
-        **config, "model_type": "modernbert", "vocab_size": len(model.embed.weight),
+        "architectures": ["ModernBert" + kind], "model_type": "modernbert", **labels,
+        "vocab_size": V, "hidden_size": C, "intermediate_size": 2 * C, "norm_eps": 1e-5,
+        "num_attention_heads": model.blocks[0].attention.heads, "decoder_bias": False,
         "max_position_embeddings": model.seq_len, "num_hidden_layers": len(model.blocks),
-        "hidden_size": model.embed.embedding_dim,
-        "num_attention_heads": model.blocks[0].attention.heads,
-        "intermediate_size": 2 * model.embed.embedding_dim, "norm_eps": 1e-5, "decoder_bias": False,
         "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * len(model.blocks),
         "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
         "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
@@ -1290,11 +1290,8 @@ def export(path, folder):
     export_tokenizer(tokenizer, model.seq_len, folder)
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\n---\nA BERT trained from scratch by cram.py, after "
-        "arXiv 2212.14034.\n" + is_rtd * (
-            "It says which tokens were replaced, and guesses none: AutoModelForMaskedLM loads this "
-            "folder without complaint, but what it guesses is nonsense.\n"))
-    kind = config["architectures"][0].replace("ModernBert", "AutoModel")
-    say(f"wrote {folder}: {kind}.from_pretrained({str(folder)!r}) loads it")
+        "arXiv 2212.14034.\n" + warning)
+    say(f"wrote {folder}: AutoModel{kind}.from_pretrained({str(folder)!r}) loads it")
 
 
 def export_tokenizer(tokenizer, seq_len, folder):
