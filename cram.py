@@ -88,7 +88,7 @@ class Settings:
     # Optimization: paper section 4.3
     optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and heads, adamw elsewhere
     batch: int = 8192  # rows per optimizer step after the ramp
-    ramp: float = 0.6  # fraction of the budget in which the batch grows, in 16 stairs; 0: no ramp
+    ramp: float = 0.6  # fraction of the budget in which the batch grows by sixteenths; 0: no ramp
     lr: float = 1e-3  # peak learning rate
     lr_start: float = 0.25  # initial learning rate as a fraction of --lr
     warmup: float = 0.75  # fraction of the budget until the peak
@@ -201,9 +201,9 @@ class CrammedBERT(nn.Module):
             else:
                 nn.init.constant_(p, 0.0 if name.endswith(("bias", "score")) else 1.0)
 
-    def encode(self, ids, attention_mask=None, positions=None):
+    def encode(self, ids, attention_mask=None, where=None):
         """Hidden states (B, T, C) of ids (B, T). attention_mask (B, T) is False at padding.
-        With positions (B, M), only the states there: (B, M, C)."""
+        With indices `where` (B, M) only the states there: (B, M, C)."""
         T = ids.shape[1]
         if T > self.seq_len:
             raise CramError(f"{T} tokens, but this model reads at most {self.seq_len}")
@@ -219,7 +219,7 @@ class CrammedBERT(nn.Module):
             attention_mask = attention_mask[:, None, None, :]  # for every head and every query
         for block in self.blocks[:-1]:
             x = block(x, attention_mask, rope)
-        x = self.blocks[-1](x, attention_mask, rope, positions)
+        x = self.blocks[-1](x, attention_mask, rope, where)
         return self.final_norm(x)
 
     def decode(self, x):
@@ -233,13 +233,13 @@ class CrammedBERT(nn.Module):
         """Logits (B, T, V) at every position; attention_mask as in `encode`."""
         return self.decode(self.encode(ids, attention_mask))
 
-    def forward(self, ids, positions, targets, uniform=None):
-        """What `mask_tokens` returns -> (1,): mean cross-entropy, in nats, of targets (B, M) at
-        positions (B, M) of rows ids (B, T). (`Electra` needs uniform, and returns several.)
+    def forward(self, ids, where, targets, uniform=None):
+        """What `mask_tokens` returns -> (1,): mean cross-entropy, in nats, of the targets.
+        (`Electra` needs uniform, and returns several.)
 
         Decoding only these is 6 % of all work; decoding every position would be 20 %.
         """
-        logits = self.decode(self.encode(ids, positions=positions))
+        logits = self.decode(self.encode(ids, where=where))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())[None]
 
     def replaced(self, ids, attention_mask=None):
@@ -273,10 +273,10 @@ class Block(nn.Module):
         self.ffn = GatedFFN(width)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x, attention_mask, rope, positions=None):
+    def forward(self, x, attention_mask, rope, where=None):
         y = self.attention(self.norm1(x), attention_mask, rope)
-        if positions is not None:  # in the last block: the other positions are no longer needed
-            index = positions[:, :, None].expand(-1, -1, x.shape[2])
+        if where is not None:  # in the last block: the other states are no longer needed
+            index = where[:, :, None].expand(-1, -1, x.shape[2])
             x, y = x.gather(1, index), y.gather(1, index)  # (B, M, C)
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.norm2(x)))
@@ -364,22 +364,22 @@ class Electra(nn.Module):
                     heads=generator_heads(s)),
             vocab_size, seq_len, embed=self.discriminator.embed)
 
-    def forward(self, ids, positions, targets, uniform):
+    def forward(self, ids, where, targets, uniform):
         """What `mask_tokens` returns -> (6,): the loss to minimise; its parts, which are means in
         nats; the fractions of all tokens that were found to be replaced, and that were replaced."""
-        guesses = self.generator.decode(self.generator.encode(ids, positions=positions))
+        guesses = self.generator.decode(self.generator.encode(ids, where=where))
         generator_loss = F.cross_entropy(guesses.flatten(0, 1), targets.flatten())
 
         sampled = sample_tokens(guesses, uniform)
-        shown = ids.scatter(1, positions, sampled)
-        labels = torch.zeros_like(ids).scatter(1, positions, (sampled != targets).long())
+        shown = ids.scatter(1, where, sampled)
+        labels = torch.zeros_like(ids).scatter(1, where, (sampled != targets).long())
 
         model = self.discriminator
         x = model.head(model.encode(shown))
         logits = model.replaced_logits(x)
         rtd_loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
-        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
+        x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
         corrected = F.linear(x, model.embed.weight)
         correction_loss = F.cross_entropy(corrected.flatten(0, 1), targets.flatten())
 
@@ -423,8 +423,8 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     paper's settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (BERT's
     80/10/10). All rows of a step are drawn at once, so that masks do not depend on the microbatch.
 
-    rows (B, T) -> inputs (B, T), positions, targets and uniform numbers for `Electra` (B, M);
-    M = round(mask_rate * T)
+    rows (B, T) -> inputs (B, T); of the M = round(mask_rate * T) chosen tokens of each row the
+    indices `where` (B, M), the targets (B, M), and uniform numbers (B, M) for `Electra`
     """
     B, T = rows.shape
     M = max(1, round(mask_rate * T))
@@ -433,14 +433,14 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     draw = {"device": rows.device, "generator": generator}
 
     noise = torch.rand(B, T, **draw)
-    positions = noise.topk(M, dim=1).indices  # sorted by noise: the first n_mask are random too
-    targets = rows.gather(1, positions)
+    where = noise.topk(M, dim=1).indices  # sorted by noise: the first n_mask are random too
+    targets = rows.gather(1, where)
 
     shown = targets.clone()
     shown[:, :n_mask] = MASK
     shown[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, (B, n_random), **draw)
     uniform = torch.rand(B, M, **draw)  # drawn here so that samples do not depend on the microbatch
-    return rows.scatter(1, positions, shown), positions, targets, uniform
+    return rows.scatter(1, where, shown), where, targets, uniform
 
 
 def mask_seed(seed, step):
@@ -461,8 +461,8 @@ def lr_at(progress, s):
 def batch_at(progress, s):
     """Rows per step when the fraction `progress` of the budget is spent. The paper's: 512, 1024,
     ... 8192 from progress 0.5625 on (15/16 of the ramp)."""
-    stairs = min(1 + int(16 * progress / s.ramp), 16) if s.ramp else 16
-    return max(1, s.batch * stairs // 16)
+    sixteenths = min(1 + int(16 * progress / s.ramp), 16) if s.ramp else 16
+    return max(1, s.batch * sixteenths // 16)
 
 
 def build_optimizers(model, s):
@@ -608,10 +608,10 @@ def validation_set(data, device):
     rows = torch.from_numpy(data.val[:VAL_ROWS].astype(np.int64))
     rng = np.random.default_rng(0)
     M = max(1, round(VAL_MASK_RATE * data.seq_len))
-    positions = torch.from_numpy(rng.random(rows.shape).argsort(1)[:, :M])
-    uniform = torch.from_numpy(rng.random(positions.shape)).float()
-    inputs, targets = rows.scatter(1, positions, MASK), rows.gather(1, positions)
-    return [x.to(device) for x in (inputs, positions, targets, uniform)]
+    where = torch.from_numpy(rng.random(rows.shape).argsort(1)[:, :M])
+    uniform = torch.from_numpy(rng.random(where.shape)).float()
+    inputs, targets = rows.scatter(1, where, MASK), rows.gather(1, where)
+    return [x.to(device) for x in (inputs, where, targets, uniform)]
 
 
 # ------------------------------------------------------------------------------------- 5. Training
@@ -670,9 +670,9 @@ def train(s, saved):
         gradient in the parameters, and returns its part of the mean metrics over all B rows."""
         mask_generator.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
-        masked = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
+        inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
         total = 0.0
-        for micro in zip(*(my_rows(x).split(microbatch) for x in masked)):
+        for micro in zip(*(my_rows(x).split(microbatch) for x in inputs)):
             with autocast:
                 metrics = compiled(*micro) * (len(micro[0]) / len(rows))
             scaler.scale(metrics[0]).backward()
