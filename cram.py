@@ -683,8 +683,11 @@ def train(s, saved):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
     def save_last():
-        with clock.part("save"):
-            save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
+        try:
+            with clock.part("save"):
+                save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
+        except OSError as error:  # a full disk ends no run
+            say(f"{error}; the older last.pt is kept")
 
     with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
         microbatch = s.microbatch or (512 if on_card else 32)
@@ -767,17 +770,14 @@ def train(s, saved):
             log.write(elapsed, progress, val)
             state.log_bytes, state.metric_steps = log.file.tell(), 0
         if time.monotonic() - saved_at > 60 * s.save_minutes:
-            try:
-                save_last()
-            except OSError as error:
-                say(f"{error}; training continues, the older last.pt is kept")
+            save_last()
             saved_at = time.monotonic()
 
     clock.stopped_at = time.monotonic()
     reader.shutdown(cancel_futures=True)
     if stopping:
         save_last()
-        say(f"stopped after step {state.step:,} and saved; continue with --resume")
+        say(f"stopped after step {state.step:,}; continue with --resume")
         return
     if not state.step:
         raise CramError("the budget was over before the first step")
@@ -788,10 +788,7 @@ def train(s, saved):
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")
     save_atomic(out / "ckpt.pt", finished(s, data, model, result))
-    try:
-        save_last()
-    except OSError as error:
-        say(f"{error}; this run cannot be continued later")
+    save_last()
     print_summary(s, data, model, state, clock, result, device, peak_flops)
 
 
