@@ -698,7 +698,7 @@ def train(s, saved):
         restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
-    print_header(s, data, model, device, dtype, use_compile, microbatch)
+    print_header(data, model, device, dtype, use_compile, microbatch)
     elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
@@ -1101,7 +1101,7 @@ def log_row(e):
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 
-def print_header(s, data, model, device, dtype, use_compile, microbatch):
+def print_header(data, model, device, dtype, use_compile, microbatch):
     parameters = sum(p.numel() for p in model.parameters())
     dtype = str(dtype).removeprefix("torch.")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -1160,10 +1160,9 @@ def find_device(name, precision):
     if precision == "auto":
         precision = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    peak = None
-    if device.type == "cuda" and dtype != torch.float32:
-        peak = next((1e12 * tflops * WORLD_SIZE for card, tflops in PEAK_TFLOPS.items()
-                     if re.search(rf"\b{card}\b", torch.cuda.get_device_name(device))), None)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((1e12 * tflops * WORLD_SIZE for name, tflops in PEAK_TFLOPS.items()
+                 if re.search(rf"\b{name}\b", card) and dtype != torch.float32), None)
     return device, dtype, peak
 
 
