@@ -787,7 +787,10 @@ def train(s, saved):
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")
-    save_atomic(out / "ckpt.pt", finished(s, data, model, result))
+    save_atomic(out / "ckpt.pt", {
+        "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
+        "tokenizer": data.tokenizer_json, "result": result,
+        **{name: network.state_dict() for name, network in networks_of(model).items()}})
     save_last()
     print_summary(s, data, model, state, clock, result, device, peak_flops)
 
@@ -1185,13 +1188,6 @@ def networks_of(model):
     if isinstance(model, Electra):
         return {"model": model.discriminator, "generator": model.generator}
     return {"model": model}
-
-
-def finished(s, data, model, result):
-    """What ckpt.pt holds."""
-    return {"settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
-            "tokenizer": data.tokenizer_json, "result": result,
-            **{name: network.state_dict() for name, network in networks_of(model).items()}}
 
 
 def load_checkpoint(path, device="cpu", generator=False):
