@@ -110,7 +110,7 @@ class Settings:
     microbatch: int = 0  # rows per forward pass, on CUDA halved until it fits; 0: 512, elsewhere 32
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
-    compile: bool | None = None  # torch.compile; by default on for CUDA cards from Volta on
+    compile: bool | None = None  # torch.compile; None: on for CUDA cards from Volta on
     save_minutes: float = 5.0  # between saves of last.pt
 
 
@@ -1362,13 +1362,11 @@ def parse_arguments():
         formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=24, width=140))
     for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction}
-        if f.default is not None:
-            kind = {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)}
-        default = [f"default: {f.default}"] if f.default is not None else []
-        default += [f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items()
-                    if f.name in recipe]
-        help = comments[f.name].replace("%", "%%") + (f" ({'; '.join(default)})" if default else "")
+        kind = ({"action": argparse.BooleanOptionalAction} if f.name == "compile" else
+                {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)})
+        values = [f"default: {f.default}", *(
+            f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items() if f.name in recipe)]
+        help = f"{comments[f.name]} ({'; '.join(values)})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
     parser.add_argument("--minutes", type=float, metavar="float",
                         help="wall-clock budget in minutes instead of --hours")
