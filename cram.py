@@ -1385,11 +1385,11 @@ def main():
     given = parse_arguments()
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
     out = Path(given.get("out", Settings.out))
+    if text is not None and RANK == 0:
+        fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
+    if folder is not None and RANK == 0:
+        export(out / "ckpt.pt", folder)
     if text is not None or folder is not None:
-        if text is not None and RANK == 0:
-            fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
-        if folder is not None and RANK == 0:
-            export(out / "ckpt.pt", folder)
         return
 
     if resume and not (out / "last.pt").exists():
