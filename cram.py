@@ -1339,18 +1339,18 @@ def resolve_settings(given, saved):
         given["hours"] = given.pop("minutes") / 60
     if "hours" in given:
         given["steps"] = 0
-    base = RECIPES[given.get("recipe", Settings.recipe)]
+    recipe = RECIPES[given.get("recipe", Settings.recipe)]
+    base = Settings(**(saved["settings"] if saved else recipe))
+    s = replace(base, **given)
+    check(s)
     if saved:
-        base = asdict(Settings(**saved["settings"]))
-        differs = [f"--{key.replace('_', '-')} {value} (was {base[key]})"
-                   for key, value in given.items() if key not in MAY_CHANGE_ON_RESUME
-                   and value != base[key]]
+        differs = [f"--{key.replace('_', '-')} {value} (was {getattr(base, key)})"
+                   for key, value in given.items()
+                   if value != getattr(base, key) and key not in MAY_CHANGE_ON_RESUME]
         if differs:
             raise CramError(f"a run cannot be resumed with other settings: {', '.join(differs)}")
-    s = Settings(**{**base, **given})
-    check(s)
-    if saved and (s.hours, s.steps) != (base["hours"], base["steps"]):
-        say("another budget: the schedule continues at the fraction of it that is spent")
+        if (s.hours, s.steps) != (base.hours, base.steps):
+            say("another budget: the schedule continues at the fraction of it that is spent")
     return s
 
 
