@@ -641,7 +641,8 @@ class TrainState:
                         for mean, x in zip(self.metrics or metrics, metrics)]
 
 
-@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,  # the fastest first
+# The kernels for all attention of a run, the fastest first
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {} for a new run."""
@@ -842,7 +843,7 @@ def validate(model, autocast, val_set, rows_at_once):
             total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
     all_sum([total])
     mean = dict(zip(model.metric_names, total.tolist()))
-    if "replaced" not in mean:
+    if not isinstance(model, Electra):
         return {"val_loss": mean["loss"]}
     return {"val_loss": mean["loss_generator"], "val_rtd_loss": mean["loss_discriminator"],
             "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
@@ -1053,7 +1054,7 @@ class Log:
         self.state, self.clock, self.progress = state, clock, progress
         self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
-        self.mfu_per_token = peak_flops and model.flops_per_token(s.mask_rate) / peak_flops
+        self.flops_per_token, self.peak_flops = model.flops_per_token(s.mask_rate), peak_flops
         path = os.devnull if RANK else Path(s.out) / "log.jsonl"
         self.file = open(path, "ab", buffering=0)
         if RANK == 0:  # a resume cuts off what was written after last.pt
@@ -1074,13 +1075,13 @@ class Log:
             tokens = (state.rows - self.rows) * self.seq_len
             self.tokens_per_s = tokens / (training_s - self.training_s)
         self.rows, self.training_s = state.rows, training_s
+        flops = self.tokens_per_s * self.flops_per_token
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
                  **dict.fromkeys(self.metric_names),  # None until a step is finite
                  **dict(zip(self.metric_names, state.metrics)),
                  "tokens_per_s": self.tokens_per_s,
-                 "mfu": self.mfu_per_token and self.tokens_per_s * self.mfu_per_token,
-                 **val_metrics}
+                 "mfu": flops / self.peak_flops if self.peak_flops else None, **val_metrics}
         say(log_row(entry))
         try:
             self.file.write(json.dumps(entry).encode() + b"\n")
