@@ -727,11 +727,10 @@ def train(s, saved):
         # 3. Rows; those of the next step are read meanwhile
         began = time.monotonic()
         rows = fetched.result()[:batch]
+        rows_left = math.inf  # not known yet: the first step may compile, its speed says nothing
         if s.steps:
             rows_left = rows_planned - state.rows
-        elif state.step < first_step + 2:  # the first step may compile: its speed says nothing
-            rows_left = math.inf
-        else:
+        elif state.step > first_step + 1:
             rows_left = (budget_s - elapsed) / s_per_row
         position = next_position(state.position, batch, rows_left, len(data.train), s)
         fetched = reader.submit(data.read, position, s, on_card)
@@ -1240,7 +1239,6 @@ def export(path, folder):
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise CramError(f"{folder} is not empty: give --export a new folder")
@@ -1389,7 +1387,7 @@ def main():
     if text is not None and RANK == 0:
         fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
     if folder is not None and RANK == 0:
-        export(out / "ckpt.pt", folder)
+        export(out / "ckpt.pt", Path(folder))
     if text is not None or folder is not None:
         return
 
