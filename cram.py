@@ -798,56 +798,6 @@ def train(s, saved):
 # -------------------------------------------------------------------------- 6. What the loop calls
 
 
-def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
-    """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
-
-    Tries two microbatches of zeros, which also compiles the code. The optimizers' moments must lie
-    in memory by then, as for the rest of the run: a step with gradients and a learning rate of zero
-    makes them and moves no weight.
-    """
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
-        for moments in optimizer.state.values():
-            for tensor in moments.values():
-                tensor.zero_()  # AdamW counts its steps
-    model.zero_grad()
-
-    while microbatch:
-        out_of_memory = False
-        rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
-        try:
-            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch).tolist()
-        except torch.OutOfMemoryError:
-            out_of_memory = True
-        model.zero_grad()  # not in the except clause: there the traceback holds the activations
-        if not all_max(out_of_memory)[0]:
-            return microbatch
-        say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
-            "no result")
-        microbatch //= 2
-        torch.compiler.reset()  # or the second size is compiled for any size, which is slower
-        torch.cuda.empty_cache()
-    raise CramError("a single row per forward pass does not fit in the card's memory")
-
-
-@torch.no_grad()
-def validate(model, autocast, val_set, rows_at_once):
-    """The model's means over the validation set, as entries of the log. Not compiled: that would
-    take longer than it saves."""
-    total = torch.zeros(len(model.metric_names), dtype=torch.float64)
-    for micro in zip(*(my_rows(x).split(rows_at_once) for x in val_set)):
-        with autocast:
-            total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
-    all_sum([total])
-    mean = dict(zip(model.metric_names, total.tolist()))
-    if not isinstance(model, Electra):
-        return {"val_loss": mean["loss"]}
-    return {"val_loss": mean["loss_generator"], "val_rtd_loss": mean["loss_discriminator"],
-            "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
-
-
 class Clock:
     """Seconds of the budget, without the time between sessions.
 
@@ -872,24 +822,47 @@ class Clock:
         self.parts[name] += self.elapsed() - began
 
 
-class Stop:
-    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second Ctrl-C
-    ends the process at once. A second SIGTERM does not: a cluster and torchrun may send one each.
-    Ignored signals stay ignored: nohup relies on it."""
+PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "L4": 121, "A10": 125, "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2,
+    "RTX 3090": 71, "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
+    # An unlisted card's MFU is n/a; a variant (Ti, Laptop) counts as the card it is named after
+}
 
-    def __init__(self):
-        self.asked = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.ask)
 
-    def ask(self, number, frame):
-        self.asked = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
-            os.write(1, b"\nstopping after this step; once more to leave at once\n")
+def find_device(name, precision):
+    """The device, the dtype of matrix products on it, and the peak of all processes' cards in
+    FLOP/s, None if unknown."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":  # torchrun starts a process for each
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((1e12 * tflops * WORLD_SIZE for name, tflops in PEAK_TFLOPS.items()
+                 if re.search(rf"\b{name}\b", card) and dtype != torch.float32), None)
+    return device, dtype, peak
+
+
+def has_bf16(device):
+    """Whether the card has bf16 itself: torch emulates it on Turing, very slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def can_compile(device):
+    """Whether torch.compile has what it needs: Triton, and a card from Volta on."""
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def join_processes(s, device, model):
@@ -977,71 +950,50 @@ def check_free_disk(out, model):
                         f"{(needed - there) / 1e9:.1f} GB: make room, or give another --out")
 
 
-def diverged(what):
-    return CramError(f"{what} not finite: the run has diverged. Resume it from its last.pt, if it "
-                     "has one, or start again with a smaller --lr and another --out")
+def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
+    """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
+
+    Tries two microbatches of zeros, which also compiles the code. The optimizers' moments must lie
+    in memory by then, as for the rest of the run: a step with gradients and a learning rate of zero
+    makes them and moves no weight.
+    """
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+        for moments in optimizer.state.values():
+            for tensor in moments.values():
+                tensor.zero_()  # AdamW counts its steps
+    model.zero_grad()
+
+    while microbatch:
+        out_of_memory = False
+        rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
+        try:
+            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch).tolist()
+        except torch.OutOfMemoryError:
+            out_of_memory = True
+        model.zero_grad()  # not in the except clause: there the traceback holds the activations
+        if not all_max(out_of_memory)[0]:
+            return microbatch
+        say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
+            "no result")
+        microbatch //= 2
+        torch.compiler.reset()  # or the second size is compiled for any size, which is slower
+        torch.cuda.empty_cache()
+    raise CramError("a single row per forward pass does not fit in the card's memory")
 
 
-def restore(saved, s, data, model, optimizers, scaler):
-    """Put the weights, moments and loss scale of last.pt where they belong."""
-    differs = [key for key in data.hashes if saved["data"][key] != data.hashes[key]]
-    if differs:
-        raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
-                        + " and ".join(differs))
-    model.load_state_dict(saved["model"])
-    for optimizer, moments in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(moments)
-    if saved["scaler"]:  # empty if the run had another precision
-        scaler.load_state_dict(saved["scaler"])
-    saved.clear()  # 1.4 GB
-
-
-def save_run(path, s, data, state, clock, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs. Weights that are not finite do not replace it."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise diverged("the weights are")
-    save_atomic(path, {
-        "settings": asdict(s), "data": data.hashes, "state": asdict(state),
-        "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
-        "model": model.state_dict(), "scaler": scaler.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-
-
-def save_atomic(path, content):
-    """Rank 0 saves atomically: temporary file, fsync, rename. Raises OSError if that fails; what
-    was there before is then still there."""
-    if RANK:
-        return
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports some write errors as RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def load_file(path, needed):
-    """What save_atomic wrote, with the key `needed`. With weights_only no code in it is run."""
-    if not Path(path).is_file():
-        raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
-                        "stopped needs --resume")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
-            TypeError) as error:
-        raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
-                        f"({type(error).__name__})") from None
-    if unknown:  # what is missing takes its default: an earlier version did not have it
-        raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
-    if needed not in content:
-        raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
-                        "finished model, and neither can take the other's place")
-    return content
+def print_header(data, model, device, dtype, use_compile, microbatch):
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(dtype).removeprefix("torch.")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
+        f"{microbatch} rows per forward pass\n"
+        f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
+        "validate on; always predicting the token frequencies gives loss "
+        f"{data.unigram_entropy:.3f}, the unigram entropy\n"
+        "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
 
 
 class Log:
@@ -1104,16 +1056,107 @@ def log_row(e):
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 
-def print_header(data, model, device, dtype, use_compile, microbatch):
-    parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(dtype).removeprefix("torch.")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
-        f"{microbatch} rows per forward pass\n"
-        f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
-        "validate on; always predicting the token frequencies gives loss "
-        f"{data.unigram_entropy:.3f}, the unigram entropy\n"
-        "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
+class Stop:
+    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step; a second Ctrl-C
+    ends the process at once. A second SIGTERM does not: a cluster and torchrun may send one each.
+    Ignored signals stay ignored: nohup relies on it."""
+
+    def __init__(self):
+        self.asked = False
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
+            os.write(1, b"\nstopping after this step; once more to leave at once\n")
+
+
+@torch.no_grad()
+def validate(model, autocast, val_set, rows_at_once):
+    """The model's means over the validation set, as entries of the log. Not compiled: that would
+    take longer than it saves."""
+    total = torch.zeros(len(model.metric_names), dtype=torch.float64)
+    for micro in zip(*(my_rows(x).split(rows_at_once) for x in val_set)):
+        with autocast:
+            total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
+    all_sum([total])
+    mean = dict(zip(model.metric_names, total.tolist()))
+    if not isinstance(model, Electra):
+        return {"val_loss": mean["loss"]}
+    return {"val_loss": mean["loss_generator"], "val_rtd_loss": mean["loss_discriminator"],
+            "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
+
+
+def diverged(what):
+    return CramError(f"{what} not finite: the run has diverged. Resume it from its last.pt, if it "
+                     "has one, or start again with a smaller --lr and another --out")
+
+
+def save_run(path, s, data, state, clock, model, optimizers, scaler):
+    """Write last.pt, all that a resume needs. Weights that are not finite do not replace it."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise diverged("the weights are")
+    save_atomic(path, {
+        "settings": asdict(s), "data": data.hashes, "state": asdict(state),
+        "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
+        "model": model.state_dict(), "scaler": scaler.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+
+def restore(saved, s, data, model, optimizers, scaler):
+    """Put the weights, moments and loss scale of last.pt where they belong."""
+    differs = [key for key in data.hashes if saved["data"][key] != data.hashes[key]]
+    if differs:
+        raise CramError(f"{s.data} is not what the run in {s.out} was trained on: other "
+                        + " and ".join(differs))
+    model.load_state_dict(saved["model"])
+    for optimizer, moments in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(moments)
+    if saved["scaler"]:  # empty if the run had another precision
+        scaler.load_state_dict(saved["scaler"])
+    saved.clear()  # 1.4 GB
+
+
+def save_atomic(path, content):
+    """Rank 0 saves atomically: temporary file, fsync, rename. Raises OSError if that fails; what
+    was there before is then still there."""
+    if RANK:
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports some write errors as RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def load_file(path, needed):
+    """What save_atomic wrote, with the key `needed`. With weights_only no code in it is run."""
+    if not Path(path).is_file():
+        raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
+                        "stopped needs --resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
+            TypeError) as error:
+        raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
+                        f"({type(error).__name__})") from None
+    if unknown:  # what is missing takes its default: an earlier version did not have it
+        raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
+    if needed not in content:
+        raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
+                        "finished model, and neither can take the other's place")
+    return content
 
 
 def print_summary(s, data, model, state, clock, result, device, peak_flops):
@@ -1135,49 +1178,6 @@ exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
 training loss    {result.get('loss_generator', result['loss']) or math.nan:.3f}
 validation loss  {result['val_loss']:.3f} (unigram entropy {data.unigram_entropy:.3f})
 wrote            {Path(s.out) / 'ckpt.pt'}""")
-
-
-PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
-    "L4": 121, "A10": 125, "RTX A6000": 154.8, "RTX A4000": 76.7, "RTX 4090": 165.2,
-    "RTX 3090": 71, "RTX 2080 Ti": 53.8, "V100": 125, "T4": 65,
-    # An unlisted card's MFU is n/a; a variant (Ti, Laptop) counts as the card it is named after
-}
-
-
-def find_device(name, precision):
-    """The device, the dtype of matrix products on it, and the peak of all processes' cards in
-    FLOP/s, None if unknown."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda":  # torchrun starts a process for each
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise CramError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((1e12 * tflops * WORLD_SIZE for name, tflops in PEAK_TFLOPS.items()
-                 if re.search(rf"\b{name}\b", card) and dtype != torch.float32), None)
-    return device, dtype, peak
-
-
-def has_bf16(device):
-    """Whether the card has bf16 itself: torch emulates it on Turing, very slowly."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def can_compile(device):
-    """Whether torch.compile has what it needs: Triton, and a card from Volta on."""
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-            and torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 # --------------------------------------------------------------------------- 7. The finished model
