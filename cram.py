@@ -506,11 +506,9 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - beta)
             update = grad.lerp(state["momentum"], beta)  # Nesterov
-            if WORLD_SIZE == 1:
-                update = orthogonalize(update)
-            else:  # each fills in its own matrices, with zeros elsewhere; the sum is complete
-                mine = orthogonalize(my_rows(update))
-                update = mine.new_zeros(update.shape)
+            update = orthogonalize(my_rows(update))
+            if WORLD_SIZE > 1:  # each has its own matrices, and zeros elsewhere; the sum has all
+                mine, update = update, update.new_zeros(grad.shape)
                 my_rows(update).copy_(mine)
                 all_reduce(update)
             scale = 0.2 * max(params[0].shape) ** 0.5  # root mean square 0.2, as AdamW's
