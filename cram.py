@@ -1008,7 +1008,6 @@ class Log:
         self.file = open(path, "ab", buffering=0)
         if RANK == 0:  # a resume cuts off what was written after last.pt
             self.file.truncate(min(self.file.tell(), state.log_bytes))
-            self.file.seek(0, os.SEEK_END)
 
     def due(self, progress):
         """Whether a line is due, and whether with a validation. (The last line of a run comes after
@@ -1213,9 +1212,8 @@ def fill(path, text, device):
     ids = torch.tensor([[CLS, *encoding.ids, SEP]], device=device)
     if MASK in encoding.ids:
         for logits in model.logits(ids)[ids == MASK]:
-            best = logits.softmax(0).topk(5)
-            say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(i)} {p:.1%}" for p, i in zip(
-                best.values.tolist(), best.indices.tolist())))
+            say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(int(i))} {p:.1%}"
+                                       for p, i in zip(*logits.softmax(0).topk(5))))
     elif model.objective == "rtd":
         words = {}  # a word is as suspicious as its most suspicious piece
         for word, p in zip(encoding.word_ids, model.replaced(ids)[0, 1:-1].tolist()):
