@@ -20,8 +20,8 @@ One Day" (Geiping & Goldstein, arXiv 2212.14034, version 2). What is special abo
 `modern` and `electra` are our own recipes and learn faster (RECIPES has what they change, README.md
 what they reach): rotary positions and Muon; `electra` also trains on replaced-token detection.
 
-Sections: 1 settings, 2 model, 3 recipe, 4 data, 5 training, 6 what the loop calls, 7 the finished
-model, 8 command line.
+Sections: 1 settings, 2 model, 3 recipe, 4 data, 5 training, 6 what train calls, in its order, 7 the
+finished model, 8 command line.
 """
 
 import argparse
@@ -793,7 +793,7 @@ def train(s, saved):
     print_summary(s, data, model, state, clock, result, device, peak_flops)
 
 
-# -------------------------------------------------------------------------- 6. What the loop calls
+# ------------------------------------------------------------- 6. What train calls, in its order
 
 
 class Clock:
@@ -829,8 +829,8 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDI
 
 
 def find_device(name, precision):
-    """The device, the dtype of matrix products on it, and the peak of all processes' cards in
-    FLOP/s, None if unknown."""
+    """The device, the dtype of matrix products on it, and the peak in FLOP/s of the cards of all
+    processes, None if unknown."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -864,7 +864,8 @@ def can_compile(device):
 
 
 def join_processes(s, device, model):
-    """All begin with rank 0's weights: cards of two models draw different ones from a seed."""
+    """Connect the processes of torchrun. All begin with rank 0's weights, as cards of two models
+    draw different ones from a seed."""
     if WORLD_SIZE == 1:
         return
     if device.type == "mps":
