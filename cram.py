@@ -1351,12 +1351,11 @@ def resolve_settings(given, saved):
 
 
 def parse_arguments():
-    """A flag for each setting, with the comment behind it as its help, on one line."""
+    """What the command line gives: a flag for each setting, whose comment is the flag's help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
         usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=24, width=140))
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
         kind = ({"action": argparse.BooleanOptionalAction} if f.name == "compile" else
                 {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)})
