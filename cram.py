@@ -829,8 +829,7 @@ PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDI
 
 
 def find_device(name, precision):
-    """The device, the dtype of matrix products on it, and the peak in FLOP/s of the cards of all
-    processes, None if unknown."""
+    """The device, the dtype of matrix products on it, and the peak FLOP/s of all cards or None."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1005,18 +1004,16 @@ class Log:
         self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
         self.flops_per_token, self.peak_flops = model.flops_per_token(s.mask_rate), peak_flops
-        path = os.devnull if RANK else Path(s.out) / "log.jsonl"
-        self.file = open(path, "ab", buffering=0)
+        self.file = open(os.devnull if RANK else Path(s.out) / "log.jsonl", "ab", buffering=0)
         if RANK == 0:  # a resume cuts off what was written after last.pt
             self.file.truncate(min(self.file.tell(), state.log_bytes))
 
     def due(self, progress):
-        """Whether a line is due, and whether with a validation. (The last line of a run comes after
-        the loop.)"""
+        """Whether a line is due, and whether with a validation."""
         before, self.progress = self.progress, progress
         validation = int(20 * progress) > int(20 * before)
         line = validation or int(progress / self.interval) > int(before / self.interval)
-        return line and progress < 1, validation
+        return line and progress < 1, validation  # the last line of a run comes after the loop
 
     def write(self, elapsed, progress, val_metrics):
         state, training_s = self.state, self.clock.training_s()
@@ -1326,8 +1323,7 @@ def check(s):
 
 
 def resolve_settings(given, saved):
-    """The settings of a run: what was given on the command line, over those of last.pt or of the
-    recipe."""
+    """What was given on the command line, over the settings of last.pt or of the recipe."""
     given = dict(given)
     if len({"hours", "minutes", "steps"} & set(given)) > 1:
         raise CramError("give one of --hours, --minutes and --steps")
