@@ -701,9 +701,9 @@ def train(s, saved):
     elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
-    if s.steps:  # then all rows of the budget are known
-        rows_planned = state.rows + sum(
-            batch_at(k / s.steps, s) for k in range(state.step, s.steps))
+    rows_left = math.inf  # for the budget to take; with --steps they are known
+    if s.steps:
+        rows_left = sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
     # A thread reads the next rows while the card computes: s.batch rows, the most that a step
     # takes, as the clock decides only later how many it takes
     reader = ThreadPoolExecutor(1)
@@ -725,12 +725,10 @@ def train(s, saved):
         # 3. Rows; those of the next step are read meanwhile
         began = time.monotonic()
         rows = fetched.result()[:batch]
-        rows_left = math.inf  # not known yet: the first step may compile, its speed says nothing
-        if s.steps:
-            rows_left = rows_planned - state.rows
-        elif state.step > first_step + 1:
+        if not s.steps and state.step > first_step + 1:  # the first may compile and be slow
             rows_left = (budget_s - elapsed) / s_per_row
         position = next_position(state.position, batch, rows_left, len(data.train), s)
+        rows_left -= batch
         fetched = reader.submit(data.read, position, s, on_card)
 
         # 4. Gradients, summed over the processes
