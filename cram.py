@@ -486,7 +486,8 @@ class Muon(torch.optim.Optimizer):
     The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
     size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
     torch's takes one matrix at a time, which leaves a large card idle; this one takes all of a
-    shape at once. Each process orthogonalizes its share of them.
+    shape at once. Every process does all of the work: to share it among four H200 took 10.5 ms a
+    step of `electra`, where one does it in 5.1.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
@@ -505,12 +506,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - beta)
-            update = grad.lerp(state["momentum"], beta)  # Nesterov
-            update = orthogonalize(my_rows(update))
-            if WORLD_SIZE > 1:  # each has its own matrices, and zeros elsewhere; the sum has all
-                mine, update = update, update.new_zeros(grad.shape)
-                my_rows(update).copy_(mine)
-                all_reduce(update)
+            update = orthogonalize(grad.lerp(state["momentum"], beta))  # Nesterov
             scale = 0.2 * max(params[0].shape) ** 0.5  # root mean square 0.2, as AdamW's
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-lr * scale)
@@ -624,7 +620,7 @@ class TrainState:
     step: int = 0
     rows: int = 0  # consumed
     position: int = 0  # in the data, of the next step's first row (see row_numbers)
-    s_per_row: float = 0.0  # seconds, in the last step
+    s_per_row: float = 0.0  # seconds, in the last step; 0: not known yet
     lr: float = 0.0  # of the last step
     batch: int = 0  # of the last step
     skipped: int = 0  # steps whose loss or gradient was not finite
@@ -682,11 +678,14 @@ def train(s, saved):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
     def save_last():
+        """Whether last.pt could be written. A full disk ends no run."""
         try:
             with clock.part("save"):
                 save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
-        except OSError as error:  # a full disk ends no run
+            return True
+        except OSError as error:
             say(f"{error}; the older last.pt is kept")
+            return False
 
     with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
         microbatch = s.microbatch or (512 if on_card else 32)
@@ -725,7 +724,7 @@ def train(s, saved):
         # 3. Rows; those of the next step are read meanwhile
         began = time.monotonic()
         rows = fetched.result()[:batch]
-        if not s.steps and state.step > first_step + 1:  # the first may compile and be slow
+        if not s.steps and s_per_row:
             rows_left = (budget_s - elapsed) / s_per_row
         position = next_position(state.position, batch, rows_left, len(data.train), s)
         rows_left -= batch
@@ -756,7 +755,9 @@ def train(s, saved):
 
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
-        state.lr, state.batch, state.s_per_row = lr, batch, (time.monotonic() - began) / batch
+        state.lr, state.batch = lr, batch
+        if state.step > first_step + 1 or not use_compile:  # the first may compile other sizes
+            state.s_per_row = (time.monotonic() - began) / batch
         elapsed = all_max(clock.elapsed())[0]
         progress = progress_at(elapsed)
         line_due, validation_due = log.due(progress)
@@ -772,7 +773,8 @@ def train(s, saved):
     clock.stopped_at = time.monotonic()
     reader.shutdown(cancel_futures=True)
     if stopping:
-        save_last()
+        if not save_last():
+            raise CramError(f"stopped after step {state.step:,}, which could not be saved")
         say(f"stopped after step {state.step:,}; continue with --resume")
         return
     if not state.step:

@@ -937,18 +937,19 @@ def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
     assert sum("val_loss" in line for line in log) == 20
 
 
-def test_a_first_step_that_compiles_skips_no_rows(train, monkeypatch):
-    """It takes half of the minute; the others, of half a second, read more than all rows."""
-    now, steps, real = [1000.0], itertools.count(), cram.mask_tokens
+def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeypatch):
+    """It takes 40 s of the minute; the others, of 0.3 s, read more than all rows."""
+    now, passes, real = [1000.0], itertools.count(), cram.mask_tokens
 
-    def step(*mask_args):
-        now[0] += 0.5 if next(steps) else 30
+    def forward_pass(*mask_args):
+        now[0] += 40 if next(passes) == 1 else 0.3  # the first is the search for the microbatch
         return real(*mask_args)
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(cram, "mask_tokens", step)
-    saved, _ = train(minutes=1, ramp=0)
-    assert saved["state"]["rows"] == saved["state"]["position"] > 59 * 32
+    monkeypatch.setattr(cram, "mask_tokens", forward_pass)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    saved, _ = train("out", "--compile", minutes=1, ramp=0)
+    assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
