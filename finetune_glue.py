@@ -19,7 +19,6 @@ glue.json is not run again. After changing this script, move glue.json away: it 
 
 import argparse
 import copy
-import functools
 import gc
 import hashlib
 import json
@@ -213,12 +212,6 @@ def epoch_batches(split, seed, args):
     return rows, split.lengths[rows].max(1)
 
 
-def read_batch(split, chosen, T):
-    """Examples `chosen` (B,) of a split: ids, attention_mask (B, T), labels (B,)."""
-    ids = split.ids[chosen, :T]
-    return ids, ids != PAD, split.labels[chosen]
-
-
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
@@ -293,8 +286,8 @@ class Trial:
 
         classes = len(task.labels) or 1
         self.model = Classifier(copy.deepcopy(bert), classes, args.dropout).to(self.device).train()
-        self.autocast = functools.partial(
-            torch.autocast, self.device.type, dtype=dtype, enabled=dtype != torch.float32,
+        self.autocast = torch.autocast(
+            self.device.type, dtype=dtype, enabled=dtype != torch.float32,
             cache_enabled=False)  # a cached cast would be in one graph and missing in the next
         self.use_graphs = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -323,9 +316,9 @@ class Trial:
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
-        ids, attention_mask, labels = read_batch(self.train, self.chosen, T)
-        with self.autocast():
-            logits = self.model(ids, attention_mask).float()
+        ids, labels = self.train.ids[self.chosen, :T], self.train.labels[self.chosen]
+        with self.autocast:
+            logits = self.model(ids, ids != PAD).float()
             loss = (F.cross_entropy(logits, labels) if self.task.labels
                     else F.mse_loss(logits[:, 0], labels))
         loss.backward()
@@ -383,10 +376,9 @@ class Trial:
         self.model.eval()
         order, outputs = torch.from_numpy(np.argsort(split.lengths, kind="stable")), []
         for chosen in order.split(256):  # in order of length, so that little is padded
-            ids, attention_mask, _ = read_batch(
-                split, chosen.to(self.device), split.lengths[chosen].max())
-            with self.autocast():
-                outputs.append(self.model(ids, attention_mask).float())
+            ids = split.ids[chosen.to(self.device), : split.lengths[chosen].max()]
+            with self.autocast:
+                outputs.append(self.model(ids, ids != PAD).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
             print("this trial diverged, the next score is that of a constant answer: try a smaller "
