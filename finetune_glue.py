@@ -122,7 +122,7 @@ class Split(NamedTuple):
 
 def read_split(name, split, folder):
     """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or else nyu-mll/glue on the hub.
-    Raises CramError or OSError if they cannot be read or do not fit the task."""
+    Raises CramError or OSError if they cannot be read or a row does not fit the task."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -133,49 +133,45 @@ def read_split(name, split, folder):
             raise CramError(f"cannot load {where} from the Hugging Face hub; without a network, "
                             f"give --data. {type(error).__name__}: {error}") from None
     else:
-        where, open_file = Path(folder, name, f"{split}.jsonl.xz"), lzma.open
+        where, open_file, rows = Path(folder, name, f"{split}.jsonl.xz"), lzma.open, []
         if not where.exists():
             where, open_file = where.with_suffix(""), open
         try:
             with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
-                rows = [json.loads(line) for line in f if line.strip()]
-        except json.JSONDecodeError as error:
-            raise CramError(f"{where}: not JSON ({error.msg}): {error.doc[:80]!r}") from None
-        except (ValueError, EOFError, lzma.LZMAError) as error:
-            raise CramError(f"{where} cannot be read: {error}") from None
-    check_rows(rows, TASKS[name], split in TASKS[name].test, where)
-    return rows
+                for line in f:
+                    if line.strip():
+                        rows.append(json.loads(line))
+        except (ValueError, EOFError, lzma.LZMAError) as error:  # not JSON, not UTF-8, cut off
+            raise CramError(f"{where}, after {len(rows)} rows: {error}") from None
 
-
-def check_rows(rows, task, is_test, where):
-    """Raise CramError, showing the first row that does not fit the task, if there is one."""
-    needs = f"{' and '.join(task.columns)} as text, " + (
-        "idx counting from 0, as the GLUE server goes by it" if is_test else
-        f"a label from 0 to {len(task.labels) - 1 if task.labels else 5}")
     if not rows:
         raise CramError(f"{where} has no rows")
+    task, n_labels = TASKS[name], len(TASKS[name].labels)
     for i, row in enumerate(rows):
-        good = isinstance(row, dict) and all(isinstance(row.get(c), str) for c in task.columns)
-        if good and is_test:
-            good = row.get("idx", i) == i
-        elif good and task.labels:
-            good = row.get("label") in range(len(task.labels))
-        elif good:
-            good = isinstance(row.get("label"), (int, float)) and 0 <= row["label"] <= 5
-        if not good:
-            if isinstance(row, dict):  # show its label, too
-                row = {key: x[:40] if isinstance(x, str) else x for key, x in row.items()}
-            raise CramError(f"{where}, row {i + 1}, needs {needs}: {json.dumps(row)[:300]}")
+        label = row.get("label")
+        if split in task.test:
+            good, needs = row.get("idx", i) == i, "idx counting from 0 for the GLUE server"
+        elif task.labels:
+            good, needs = label in range(n_labels), f"a label from 0 to {n_labels - 1}"
+        else:
+            good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
+        if not (good and all(isinstance(row.get(column), str) for column in task.columns)):
+            raise CramError(f"{where}, row {i + 1}, needs {' and '.join(task.columns)} as text, "
+                            f"{needs}: {json.dumps(row)[:300]}")
+    return rows
 
 
 def load_task(name, args, tokenizer, device):
     """{name: Split} of a task, on the device, and a hash of its training and validation data."""
     task, splits, hashed = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
-        rows, is_test = read_split(name, split, args.data), split in task.test
+        rows = read_split(name, split, args.data)
         texts = [[row[column] for row in rows] for column in task.columns]
-        labels = [0 if is_test else row["label"] for row in rows]
-        hashed += [] if is_test else [texts, labels]
+        if split in task.test:
+            labels = [0] * len(rows)
+        else:
+            labels = [row["label"] for row in rows]
+            hashed += [texts, labels]
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
                     for parts in zip(*tokens)]

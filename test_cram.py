@@ -1700,4 +1700,4 @@ def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_pat
     (glue.folder / "glue.json").unlink()
     glue(*args, refused="needs sentence as text")
     (folder / "train.jsonl").write_text('{"sentence": ')
-    glue(*args, refused="train.jsonl: not JSON")
+    glue(*args, refused="train.jsonl, after 0 rows: Expecting value")
