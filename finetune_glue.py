@@ -390,19 +390,13 @@ class Trial:
 
 
 def run_trials(trials, bar):
-    """Run trials of one task side by side. After some steps, print how long the steps of all tasks
-    will still take, without compiling, recording and evaluation."""
-    steps = len(trials[0].lengths)  # the same number for all
-    for k in range(steps):
+    """Run trials of one task side by side."""
+    for k in range(len(trials[0].lengths)):  # the same number of steps for all
         for trial in trials:
             trial.run_step(k)
             bar.update(trial.lengths[k] + OVERHEAD)
-        if k in (50, steps - 1) and trials[0].use_graphs:
-            torch.cuda.synchronize()
-        if k == 50:
-            left = bar.format_dict["elapsed"] * (bar.total / bar.n - 1)
-            bar.clear()
-            print(f"about {tqdm.format_interval(left)} left for the steps of all tasks", flush=True)
+    if trials[0].use_graphs:
+        torch.cuda.synchronize()
 
 
 # -------------------------------------------------------------------------------- 6. Results
@@ -538,7 +532,8 @@ def main():
     work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + OVERHEAD).sum()
                for name, keys in groups for key in keys)
     bar = tqdm(total=int(work), disable=not groups, mininterval=0.1 if sys.stderr.isatty() else 10,
-               bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
+               bar_format="{desc}{percentage:3.0f}% |{bar}| {remaining} left for all tasks",
+               smoothing=0)  # at the mean speed so far
     for name, keys in groups:
         task, splits = TASKS[name], data[name][0]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
