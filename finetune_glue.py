@@ -53,9 +53,7 @@ class Task(NamedTuple):
 PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 
-# A task of your own is one more entry, and two files in the folder given as --data:
-# emotion/train.jsonl and emotion/validation.jsonl, with lines like {"text": "oh no", "label": 0}.
-#     "emotion": Task(("text",), ("sad", "happy", "angry"), "accuracy"),
+# A task of your own is one more entry and two files, as the README shows
 TASKS = {
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
                  392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
@@ -243,7 +241,7 @@ def lr_at(step, steps, peak):
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # -------------------------------------------------------------------------------- 5. A trial
@@ -407,12 +405,9 @@ def run_trials(trials, bar):
 def update_results(path, key=None, scores=None):
     """Read glue.json, add or replace a trial's scores if given, write it and return all results.
     It is read anew each time, as another command may have written to it."""
-    try:
-        results = json.loads(path.read_text()) if path.exists() else []
-        if not all("scores" in result for result in results):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise CramError(f"{path} is not a results file of this version: move it away") from None
+    results = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(results, list):
+        raise CramError(f"{path} is not a results file of this version: move it away")
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -1627,11 +1627,9 @@ def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypa
 
 @slow
 def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """The example of script and README, and a byte order mark as Windows writes it."""
-    [entry], [in_readme] = (
-        re.findall(r'^#? +("emotion": .*)', (HERE / name).read_text(encoding="utf-8"), re.M)
-        for name in ("finetune_glue.py", "README.md"))
-    assert entry == in_readme
+    """The README's example, and a byte order mark as Windows writes it."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    [entry] = re.findall(r'^ +("emotion": .*)', readme, re.M)
     own = eval("{" + entry + "}", vars(finetune_glue))
     monkeypatch.setattr(finetune_glue, "TASKS", {**own, **finetune_glue.TASKS})
     for path in (write_glue(tmp_path / "glue", "emotion", train=16) / "emotion").iterdir():
