@@ -70,8 +70,10 @@ REASONS_SHOWN = 20  # skipped documents that are named; the others are only coun
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
-# How characters outside ASCII are replaced (Oniguruma patterns). GLUE is nearly all ASCII, so the
-# replacements are what GLUE writes. None may glue words together or change a number.
+# Text becomes lower-case ASCII without accents, with single spaces (paper section 4.4). The paper
+# drops every character outside ASCII. We deviate: these tables (Oniguruma patterns) replace what
+# they can by what GLUE writes, the rest (other scripts, emoji, controls) by a space. None may glue
+# words together or change a number.
 
 BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
@@ -95,23 +97,11 @@ AFTER_DECOMPOSING = [  # in lower case
     ("``|''", '"'),
     (r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # leaves single spaces alone: twice as fast
 ]
-
-
-def build_normalizer():
-    """Lower-case ASCII without accents, single spaces (paper section 4.4).
-
-    The paper drops every character outside ASCII. We deviate: the tables above replace what they
-    can, the rest (other scripts, emoji, controls) becomes a space.
-    """
-    def replace(table):
-        return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
-
-    return normalizers.Sequence([
-        *replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
-        *replace(AFTER_DECOMPOSING), normalizers.Strip()])
-
-
-NORMALIZER = build_normalizer()
+NORMALIZER = normalizers.Sequence([
+    *(normalizers.Replace(Regex(pattern), by) for pattern, by in BEFORE_DECOMPOSING),
+    normalizers.NFKD(), normalizers.Lowercase(),
+    *(normalizers.Replace(Regex(pattern), by) for pattern, by in AFTER_DECOMPOSING),
+    normalizers.Strip()])
 
 
 def normalize(text):
@@ -126,7 +116,7 @@ def train_tokenizer(texts, vocab_size):
 
     The library numbers "##" letters in hash order, which differs between processes and decides
     between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
-    characters that build_normalizer leaves) is passed as special tokens. Then ids are renumbered:
+    characters that NORMALIZER leaves) is passed as special tokens. Then ids are renumbered:
     SPECIAL_TOKENS first, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
@@ -140,8 +130,7 @@ def train_tokenizer(texts, vocab_size):
 
     entries = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + entries)}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = words
     tokenizer.normalizer = NORMALIZER
     tokenizer.add_special_tokens(SPECIAL_TOKENS)

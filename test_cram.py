@@ -285,11 +285,11 @@ def rows(tmp_path):
     ("漢字", ""),
 ])
 def test_normalizer(text, expected):
-    assert prepare.build_normalizer().normalize_str(text) == expected == prepare.normalize(text)
+    assert prepare.NORMALIZER.normalize_str(text) == expected == prepare.normalize(text)
 
 
 def test_normalizer_glues_nothing_and_its_short_form_agrees_on_ascii():
-    normalizer = prepare.build_normalizer()
+    normalizer = prepare.NORMALIZER
     for c in map(chr, range(0x2000)):
         result = normalizer.normalize_str(f"1{c}1")
         assert re.fullmatch(r"[ -@\[-~]+", result)
