@@ -153,15 +153,13 @@ def read_json(stream, path):
     """One row per line, or one list of rows, which is held in memory."""
     is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
-    for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
+    rows = json.loads(stream.read()) if is_list else filter(bytes.strip, stream)
+    for number, row in enumerate(rows, 1):
         where = f"{path} row {number}"
-        if is_list:
-            yield text_of(row, where)
-        elif not row.isspace():
-            try:
-                yield text_of(json.loads(row), where)
-            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-                yield None, f"{where}: not UTF-8 JSON ({error})"
+        try:
+            yield text_of(row if is_list else json.loads(row), where)
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+            yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
 def read_txt(stream, path):
