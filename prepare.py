@@ -239,10 +239,7 @@ def local_files(pattern, out):
              if f.is_file() and not ours & {f.resolve(), *f.resolve().parents}]
     files = [str(f) for f in found if kind(str(f)) in READERS]
     if not files:
-        raise SystemExit(
-            f"--source {pattern}: nothing to read there. Give {', '.join(HUB)}, python-docs, or a "
-            f"path, folder or glob of {', '.join(READERS)} files; all but .parquet may end in .gz "
-            "or .xz")
+        raise SystemExit(f"--source {pattern}: nothing to read there; --help says what can be read")
     print(f"files to read: {len(files):,}; of other kinds, left out: {len(found) - len(files):,}")
     return files
 
@@ -338,8 +335,12 @@ def start_worker(tokenizer_json):
                      daemon=True).start()
 
 
+def tokenize(texts):
+    """For each text: token ids and SEP as uint16, characters of the normalised text, its hash."""
+    return [tokenize_document(text) for text in texts]
+
+
 def tokenize_document(text):
-    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)."""
     ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
     for piece in normal:  # one at a time, to bound memory
         [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
@@ -350,36 +351,34 @@ def tokenize_document(text):
     return np.concatenate(ids), len(normal), int.from_bytes(digest, "little")
 
 
-def tokenize(chunk):
-    return [tokenize_document(text) for text, _ in chunk if text is not None]
-
-
 def chunks(files, start):
-    """Yields (list of a reader's pairs, cursor after them): the work of one `tokenize` call."""
-    chunk, size = [], 0
+    """Yields (texts, reasons, cursor): the work of one `tokenize` call, reasons for documents among
+    them that cannot be read, and where to resume after them."""
+    texts, reasons, size, cursor = [], [], 0, start
     for text, reason, cursor in documents(files, *start):
-        chunk.append((text, reason))
-        size += len(text or "")
-        if size >= 500_000 or len(chunk) >= 2_000:
-            yield chunk, cursor
-            chunk, size = [], 0
-    if chunk:
-        yield chunk, cursor
+        if text is None:
+            reasons.append(reason)
+        else:
+            texts.append(text)
+            size += len(text)
+        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
+            yield texts, reasons, cursor
+            texts, reasons, size = [], [], 0
+    yield texts, reasons, cursor
 
 
-def tokenize_chunks(chunks, tokenizer_json):
-    """Yields (chunk, cursor, tokenized documents) in order. All cores work a few chunks ahead."""
+def tokenize_chunks(files, start, tokenizer_json):
+    """Yields (reasons, cursor, future of `tokenize`) per chunk, in order. All cores work a few
+    chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
-        for chunk, cursor in chunks:
-            waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
+        for texts, reasons, cursor in chunks(files, start):
+            waiting.append((reasons, cursor, pool.submit(tokenize, texts)))
             if len(waiting) > 2 * cores:
-                chunk, cursor, future = waiting.popleft()
-                yield chunk, cursor, future.result()
-        for chunk, cursor, future in waiting:
-            yield chunk, cursor, future.result()
+                yield waiting.popleft()
+        yield from waiting
 
 
 # ------------------------------------------------------------------------------- 5. Filter and pack
@@ -477,17 +476,17 @@ def pack(files, tokenizer_json, work, seq_len, target):
     counts = packer.counts
     if counts["train_tokens"] >= target:
         return counts  # the run was stopped while ordering rows
-    work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
     total = target if files[0].startswith("hf://") else None
     with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
-        for chunk, cursor, tokenized in work_left:
-            for reason in [reason for text, reason in chunk if text is None]:
+        for reasons, cursor, future in tokenize_chunks(files, packer.cursor, tokenizer_json):
+            for reason in reasons:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
+            tokenized = future.result()
             for document in tokenized:
                 counts[packer.add_document(*document)] += 1
-            counts["documents_read"] += len(chunk)
+            counts["documents_read"] += len(reasons) + len(tokenized)
             packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
