@@ -280,9 +280,8 @@ def documents(files, file=0, row=0):
             time.sleep(RETRY_SECONDS)
 
 
-def progress_bar(desc, unit, total=None, done=0):
-    return tqdm(desc=desc, unit=unit, unit_scale=True, total=total, initial=done,
-                mininterval=0.1 if sys.stderr.isatty() else 60)
+def progress_bar(*args, **kwargs):
+    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
 def pieces(text):
@@ -303,21 +302,18 @@ def pieces(text):
 def tokenizer_texts(files, limit):
     """About `limit` characters to train the tokenizer on: the beginning of each local file, in
     proportion to its size, or the beginning of the hub's data or python-docs."""
-    parts = [(documents(files), limit)]
+    parts, used, due = [(files, limit)], 0, 0
     if os.path.exists(files[0]):
         sizes = [*map(os.path.getsize, files)]
-        parts = [(documents([f]), limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
-    used = due = 0
-    with progress_bar("tokenizer", "char") as bar:
-        for texts, share in parts:
-            due += share
-            for text, *_ in texts:
-                if used >= due:
-                    break
-                if text:
-                    yield from pieces(text)
-                    bar.update(len(text))
-                    used += len(text)
+        parts = [([f], limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
+    for part, share in parts:
+        due += share
+        for text, *_ in documents(part):
+            if used >= due:
+                break
+            if text:
+                yield from pieces(text)
+                used += len(text)
 
 
 # ------------------------------------------------------------------------------- 4. Workers
@@ -476,8 +472,9 @@ def pack(files, tokenizer_json, work, seq_len, target):
     counts = packer.counts
     if counts["train_tokens"] >= target:
         return counts  # the run was stopped while ordering rows
-    total = target if files[0].startswith("hf://") else None
-    with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
+    total = target if files[0].startswith("hf://") else None  # other sources may end before it
+    with progress_bar(
+            desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
         for reasons, cursor, future in tokenize_chunks(files, packer.cursor, tokenizer_json):
             for reason in reasons:
                 counts["invalid"] += 1
@@ -584,18 +581,16 @@ def token_count(text):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="c4", help=(
-        "c4, wikipedia or fineweb-edu from the hub, python-docs (no network), or a path, folder or "
-        f"glob of {', '.join(READERS)} files, all but .parquet also .gz or .xz, with a column "
-        '"text" (default: %(default)s)'))
-    parser.add_argument("--tokens", type=token_count, default="8.9G", help=(
-        "stop after about this many training tokens, such as 200M or 1.5G (default: %(default)s, "
-        "24 h at the 103 k tokens/s of the paper's A6000; 18 GB on disk, 39 GB while it is made)"))
-    parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_768,
-                        help="WordPiece entries (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=128,
-                        help="tokens in a row (default: %(default)s)")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--source", default="c4", help="c4, wikipedia or fineweb-edu from the hub, python-docs (no "
+        f"network), or a path, folder or glob of {', '.join(READERS)} files, all but .parquet also "
+        '.gz or .xz, with a column "text"' + default)
+    add("--tokens", type=token_count, default="8.9G", help="stop after about this many training "
+        "tokens, such as 200M or 1.5G (default: %(default)s, 24 h at the 103 k tokens/s of the "
+        "paper's A6000; 18 GB on disk, 39 GB while it is made)")
+    add("--out", default="data", help="folder to write" + default)
+    add("--vocab-size", type=int, default=32_768, help="WordPiece entries" + default)
+    add("--seq-len", type=int, default=128, help="tokens in a row" + default)
     args = parser.parse_args()
     if not 256 <= args.vocab_size <= 65_536:
         parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
@@ -623,7 +618,7 @@ def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        texts = tokenizer_texts(files, TOKENIZER_CHARS)
+        texts = progress_bar(tokenizer_texts(files, TOKENIZER_CHARS), "tokenizer", unit=" lines")
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -636,10 +631,8 @@ def prepare(files, args, out, work):
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
-        raise SystemExit(
-            f"--source {args.source}: too little text: {tokens:,} tokens of "
-            f"{counts['documents_read']:,} documents. Training and validation need a row of "
-            f"{args.seq_len} each")
+        raise SystemExit(f"--source {args.source}: too little text. Training and validation need a "
+                         f"row of {args.seq_len} tokens each")
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
