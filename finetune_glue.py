@@ -433,12 +433,13 @@ def write_test_files(folder, trial, splits):
 
 def print_table(results, digests):
     """Median and spread of each task's trials, beside the paper's scores. All results share their
-    checkpoint and settings. If a task's data differ, those of digests[task] count, or the last."""
+    checkpoint and settings. Those on other data than digests[task], or than the task's last, are
+    left out."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
     medians, note = {}, ""
+    digests = {**{result["task"]: result["data"] for result in results}, **digests}
     for name, task in TASKS.items():
-        trials = [result for result in results if result["task"] == name]
-        trials = [r for r in trials if r["data"] == digests.get(name, trials[-1]["data"])]
+        trials = [r for r in results if r["task"] == name and r["data"] == digests[name]]
         for split in task.validation if trials else ():
             row = name + split.removeprefix("validation").replace("_", "-")
             scores = [result["scores"][split] for result in trials]
@@ -485,8 +486,8 @@ def parse_arguments():
 
 
 def plan_trials(data, args, common, results, at_once):
-    """[(task, keys of trials to run side by side)] for all trials that have no result yet, and with
-    --test for the first in any case."""
+    """[(task, its splits, keys of trials to run side by side)] for all trials that have no result
+    yet, and with --test for the first in any case."""
     groups = []
     for name, (splits, digest) in data.items():
         keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
@@ -495,7 +496,7 @@ def plan_trials(data, args, common, results, at_once):
                 or not any(key.items() <= result.items() for result in results)]
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
-        groups += [(name, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
+        groups += [(name, splits, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
     return groups
 
 
@@ -516,7 +517,7 @@ def main():
     # All errors in files are found before the first step
     path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = update_results(path)
+    results = update_results(path)  # also shows that it can be written
     names = [*args.task, *(EIGHT if "all" in args.task else ())]
     data = {name: load_task(name, args, tokenizer, device) for name in TASKS if name in names}
     groups = plan_trials(data, args, common, results,
@@ -524,13 +525,13 @@ def main():
     # A folder for each checkpoint, settings and seed: the server never gets a mixture
     test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
 
-    work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + OVERHEAD).sum()
-               for name, keys in groups for key in keys)
+    work = sum((epoch_batches(splits["train"], key["seed"], args)[1] + OVERHEAD).sum()
+               for _, splits, keys in groups for key in keys)
     bar = tqdm(total=int(work), disable=not groups, mininterval=0.1 if sys.stderr.isatty() else 10,
                bar_format="{desc}{percentage:3.0f}% |{bar}| {remaining} left for all tasks",
                smoothing=0)  # at the mean speed so far
-    for name, keys in groups:
-        task, splits = TASKS[name], data[name][0]
+    for name, splits, keys in groups:
+        task = TASKS[name]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
         bar.unpause()  # leaves compiling and recording out of the time left
