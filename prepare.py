@@ -524,22 +524,23 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
     print(f"ordering {per_key.sum():,} rows")
 
-    folder, part = work / "buckets", out_path.with_suffix(".part")
+    folder = work / "buckets"
     shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left some
     folder.mkdir()
-    digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with open(part, "wb") as f:
-        for rows in row_blocks(tokens_path, seq_len):
-            keys = row_key(rows, dot)
-            for key in np.unique(keys):
-                same, n = rows[keys == key], n_buckets[key]
-                for k in range(n):  # row r with this key goes to bucket r % n
-                    with open(folder / f"{key}.{k}", "ab") as bucket:
-                        bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
-                dealt[key] += len(same)
+    dealt = np.zeros(seq_len + 1, np.int64)
+    for rows in row_blocks(tokens_path, seq_len):
+        keys = row_key(rows, dot)
+        for key in np.unique(keys):
+            same, n = rows[keys == key], n_buckets[key]
+            for k in range(n):  # row r with this key goes to bucket r % n
+                with open(folder / f"{key}.{k}", "ab") as bucket:
+                    bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
+            dealt[key] += len(same)
 
-        paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
-                 for k in range(n_buckets[key])]
+    paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
+             for k in range(n_buckets[key])]
+    part, digest = out_path.with_suffix(".part"), hashlib.sha256()
+    with open(part, "wb") as f:
         for seed, path in enumerate(paths):
             rows = np.fromfile(path, (np.uint16, seq_len))
             path.unlink()
@@ -657,19 +658,19 @@ def main():
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / UNFINISHED
-    arguments = {"version": VERSION, "source": args.source, "tokens": args.tokens,
-                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": []}
-    files = [args.source]
+    files, sizes = [args.source], []
     if args.source not in (*HUB, "python-docs"):
         files = local_files(args.source, out.resolve())
-        arguments["files"] = [[f, os.path.getsize(f)] for f in files]
-    record = {"source": args.source, "arguments": arguments}
+        sizes = [[f, os.path.getsize(f)] for f in files]
+    arguments = {"version": VERSION, "source": args.source, "tokens": args.tokens,
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": sizes}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed at its very end
         print(f"{out} is complete already")
         return
 
+    record = {"source": args.source, "arguments": arguments}
     if args.source in HUB:  # a resumed run keeps to its revision: the hub's may have changed
         record["hub_files"] = files = earlier.get("hub_files") or hub_files(args.source)
         record["revision"] = re.search("@([0-9a-f]+)/", files[0])[1]
