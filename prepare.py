@@ -153,8 +153,9 @@ def read_json(stream, path):
     """One row per line, or one list of rows, which is held in memory."""
     is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
-    rows = json.loads(stream.read()) if is_list else filter(bytes.strip, stream)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
+        if not is_list and row.isspace():
+            continue
         where = f"{path} row {number}"
         try:
             yield text_of(row if is_list else json.loads(row), where)
