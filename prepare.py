@@ -332,12 +332,8 @@ def start_worker(tokenizer_json):
                      daemon=True).start()
 
 
-def tokenize(texts):
-    """For each text: token ids and SEP as uint16, characters of the normalised text, its hash."""
-    return [tokenize_document(text) for text in texts]
-
-
 def tokenize_document(text):
+    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)."""
     ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
     for piece in normal:  # one at a time, to bound memory
         [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
@@ -346,6 +342,10 @@ def tokenize_document(text):
     normal = " ".join(normal)
     digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
     return np.concatenate(ids), len(normal), int.from_bytes(digest, "little")
+
+
+def tokenize(texts):
+    return [tokenize_document(text) for text in texts]
 
 
 def chunks(files, start):
@@ -405,11 +405,8 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 
 
 class Packer:
-    """Appends documents to train.tokens and val.tokens in `work`.
-
-    save() flushes them and records how much they hold. A run that resumes cuts off what was
-    written after the last save.
-    """
+    """Appends documents to train.tokens and val.tokens in `work`. A run that resumes cuts off what
+    was written after the last save()."""
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
