@@ -125,7 +125,11 @@ def read_split(name, split, folder):
         import datasets  # only here: local data needs neither it nor a network
 
         where = f"nyu-mll/glue {name} {split}"
-        rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
+        try:
+            rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
+        except Exception as error:  # of any of four HTTP libraries
+            raise CramError(f"cannot load {where} from the hub ({error!r:.120}); without a "
+                            "network, give --data") from None
     else:
         where, open_file, rows = Path(folder, name, f"{split}.jsonl.xz"), lzma.open, []
         if not where.exists():

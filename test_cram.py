@@ -1563,9 +1563,11 @@ def test_without_data_the_rows_come_from_the_hub(glue, tmp_path, monkeypatch):
         return map(json.loads, path.read_text().splitlines())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    ckpt = glue.folder / "ckpt.pt"
-    command(finetune_glue, "--task", "cola", *ONE, "--ckpt", ckpt, "--device", "cpu")
+    args = ["--task", "cola", *ONE, "--ckpt", glue.folder / "ckpt.pt", "--device", "cpu"]
+    command(finetune_glue, *args)
     assert (tmp_path / "nyu-mll/glue").exists() and ("cola", 0) in results_in(glue.folder)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    command(finetune_glue, *args, refused="without a network, give --data")
 
 
 @slow
