@@ -19,7 +19,6 @@ glue.json is not run again. After changing this script, move glue.json away: it 
 
 import argparse
 import copy
-import functools
 import gc
 import hashlib
 import json
@@ -54,9 +53,7 @@ class Task(NamedTuple):
 PAIR, BINARY = ("sentence1", "sentence2"), ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 
-# A task of your own is one more entry, and two files in the folder given as --data:
-# emotion/train.jsonl and emotion/validation.jsonl, with lines like {"text": "oh no", "label": 0}.
-#     "emotion": Task(("text",), ("sad", "happy", "angry"), "accuracy"),
+# A task of your own is one more entry and two files, as the README shows
 TASKS = {
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
                  392_702, {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
@@ -123,60 +120,56 @@ class Split(NamedTuple):
 
 def read_split(name, split, folder):
     """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or else nyu-mll/glue on the hub.
-    Raises CramError or OSError if they cannot be read or do not fit the task."""
+    Raises CramError or OSError if they cannot be read or a row does not fit the task."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
         where = f"nyu-mll/glue {name} {split}"
         try:
             rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
-        except Exception as error:  # the hub's client raises whatever its HTTP library does
-            raise CramError(f"cannot load {where} from the Hugging Face hub; without a network, "
-                            f"give --data. {type(error).__name__}: {error}") from None
+        except Exception as error:  # of any of four HTTP libraries
+            raise CramError(f"cannot load {where} from the hub ({error!r:.120}); without a "
+                            "network, give --data") from None
     else:
-        where, open_file = Path(folder, name, f"{split}.jsonl.xz"), lzma.open
+        where, open_file, rows = Path(folder, name, f"{split}.jsonl.xz"), lzma.open, []
         if not where.exists():
             where, open_file = where.with_suffix(""), open
         try:
             with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
-                rows = [json.loads(line) for line in f if line.strip()]
-        except json.JSONDecodeError as error:
-            raise CramError(f"{where}: not JSON ({error.msg}): {error.doc[:80]!r}") from None
-        except (ValueError, EOFError, lzma.LZMAError) as error:
-            raise CramError(f"{where} cannot be read: {error}") from None
-    check_rows(rows, TASKS[name], split in TASKS[name].test, where)
-    return rows
+                for line in f:
+                    if line.strip():
+                        rows.append(json.loads(line))
+        except (ValueError, EOFError, lzma.LZMAError) as error:  # not JSON, not UTF-8, cut off
+            raise CramError(f"{where}, after {len(rows)} rows: {error}") from None
 
-
-def check_rows(rows, task, is_test, where):
-    """Raise CramError, showing the first row that does not fit the task, if there is one."""
-    needs = f"{' and '.join(task.columns)} as text, " + (
-        "idx counting from 0, as the GLUE server goes by it" if is_test else
-        f"a label from 0 to {len(task.labels) - 1 if task.labels else 5}")
     if not rows:
         raise CramError(f"{where} has no rows")
+    task, n_labels = TASKS[name], len(TASKS[name].labels)
     for i, row in enumerate(rows):
-        good = isinstance(row, dict) and all(isinstance(row.get(c), str) for c in task.columns)
-        if good and is_test:
-            good = row.get("idx", i) == i
-        elif good and task.labels:
-            good = row.get("label") in range(len(task.labels))
-        elif good:
-            good = isinstance(row.get("label"), (int, float)) and 0 <= row["label"] <= 5
-        if not good:
-            if isinstance(row, dict):  # show its label, too
-                row = {key: x[:40] if isinstance(x, str) else x for key, x in row.items()}
-            raise CramError(f"{where}, row {i + 1}, needs {needs}: {json.dumps(row)[:300]}")
+        label = row.get("label")
+        if split in task.test:
+            good, needs = row.get("idx", i) == i, "idx counting from 0 for the GLUE server"
+        elif task.labels:
+            good, needs = label in range(n_labels), f"a label from 0 to {n_labels - 1}"
+        else:
+            good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
+        if not (good and all(isinstance(row.get(column), str) for column in task.columns)):
+            raise CramError(f"{where}, row {i + 1}, needs {' and '.join(task.columns)} as text, "
+                            f"{needs}: {json.dumps(row)[:300]}")
+    return rows
 
 
 def load_task(name, args, tokenizer, device):
     """{name: Split} of a task, on the device, and a hash of its training and validation data."""
     task, splits, hashed = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
-        rows, is_test = read_split(name, split, args.data), split in task.test
+        rows = read_split(name, split, args.data)
         texts = [[row[column] for row in rows] for column in task.columns]
-        labels = [0 if is_test else row["label"] for row in rows]
-        hashed += [] if is_test else [texts, labels]
+        if split in task.test:
+            labels = [0] * len(rows)
+        else:
+            labels = [row["label"] for row in rows]
+            hashed += [texts, labels]
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
                     for parts in zip(*tokens)]
@@ -211,12 +204,6 @@ def epoch_batches(split, seed, args):
     rows = [rng.permutation(N)[: N // B * B] for _ in range(args.epochs)]
     rows = np.concatenate(rows).reshape(-1, B)
     return rows, split.lengths[rows].max(1)
-
-
-def read_batch(split, chosen, T):
-    """Examples `chosen` (B,) of a split: ids, attention_mask (B, T), labels (B,)."""
-    ids = split.ids[chosen, :T]
-    return ids, ids != PAD, split.labels[chosen]
 
 
 def sha256(content):
@@ -254,7 +241,7 @@ def lr_at(step, steps, peak):
     warmup = max(1, round(0.1 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # -------------------------------------------------------------------------------- 5. A trial
@@ -293,8 +280,8 @@ class Trial:
 
         classes = len(task.labels) or 1
         self.model = Classifier(copy.deepcopy(bert), classes, args.dropout).to(self.device).train()
-        self.autocast = functools.partial(
-            torch.autocast, self.device.type, dtype=dtype, enabled=dtype != torch.float32,
+        self.autocast = torch.autocast(
+            self.device.type, dtype=dtype, enabled=dtype != torch.float32,
             cache_enabled=False)  # a cached cast would be in one graph and missing in the next
         self.use_graphs = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -323,9 +310,9 @@ class Trial:
 
     def step(self, T):
         """Update the weights once, on the rows `chosen`, padded to T tokens."""
-        ids, attention_mask, labels = read_batch(self.train, self.chosen, T)
-        with self.autocast():
-            logits = self.model(ids, attention_mask).float()
+        ids, labels = self.train.ids[self.chosen, :T], self.train.labels[self.chosen]
+        with self.autocast:
+            logits = self.model(ids, ids != PAD).float()
             loss = (F.cross_entropy(logits, labels) if self.task.labels
                     else F.mse_loss(logits[:, 0], labels))
         loss.backward()
@@ -383,10 +370,9 @@ class Trial:
         self.model.eval()
         order, outputs = torch.from_numpy(np.argsort(split.lengths, kind="stable")), []
         for chosen in order.split(256):  # in order of length, so that little is padded
-            ids, attention_mask, _ = read_batch(
-                split, chosen.to(self.device), split.lengths[chosen].max())
-            with self.autocast():
-                outputs.append(self.model(ids, attention_mask).float())
+            ids = split.ids[chosen.to(self.device), : split.lengths[chosen].max()]
+            with self.autocast:
+                outputs.append(self.model(ids, ids != PAD).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
             print("this trial diverged, the next score is that of a constant answer: try a smaller "
@@ -402,19 +388,13 @@ class Trial:
 
 
 def run_trials(trials, bar):
-    """Run trials of one task side by side. After some steps, print how long the steps of all tasks
-    will still take, without compiling, recording and evaluation."""
-    steps = len(trials[0].lengths)  # the same number for all
-    for k in range(steps):
+    """Run trials of one task side by side."""
+    for k in range(len(trials[0].lengths)):  # the same number of steps for all
         for trial in trials:
             trial.run_step(k)
             bar.update(trial.lengths[k] + OVERHEAD)
-        if k in (50, steps - 1) and trials[0].use_graphs:
-            torch.cuda.synchronize()
-        if k == 50:
-            left = bar.format_dict["elapsed"] * (bar.total / bar.n - 1)
-            bar.clear()
-            print(f"about {tqdm.format_interval(left)} left for the steps of all tasks", flush=True)
+    if trials[0].use_graphs:
+        torch.cuda.synchronize()
 
 
 # -------------------------------------------------------------------------------- 6. Results
@@ -425,12 +405,9 @@ def run_trials(trials, bar):
 def update_results(path, key=None, scores=None):
     """Read glue.json, add or replace a trial's scores if given, write it and return all results.
     It is read anew each time, as another command may have written to it."""
-    try:
-        results = json.loads(path.read_text()) if path.exists() else []
-        if not all("scores" in result for result in results):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise CramError(f"{path} is not a results file of this version: move it away") from None
+    results = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(results, list):
+        raise CramError(f"{path} is not a results file of this version: move it away")
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -456,12 +433,13 @@ def write_test_files(folder, trial, splits):
 
 def print_table(results, digests):
     """Median and spread of each task's trials, beside the paper's scores. All results share their
-    checkpoint and settings. If a task's data differ, those of digests[task] count, or the last."""
+    checkpoint and settings. Those on other data than digests[task], or than the task's last, are
+    left out."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
     medians, note = {}, ""
+    digests = {**{result["task"]: result["data"] for result in results}, **digests}
     for name, task in TASKS.items():
-        trials = [result for result in results if result["task"] == name]
-        trials = [r for r in trials if r["data"] == digests.get(name, trials[-1]["data"])]
+        trials = [r for r in results if r["task"] == name and r["data"] == digests[name]]
         for split in task.validation if trials else ():
             row = name + split.removeprefix("validation").replace("_", "-")
             scores = [result["scores"][split] for result in trials]
@@ -508,8 +486,8 @@ def parse_arguments():
 
 
 def plan_trials(data, args, common, results, at_once):
-    """[(task, keys of trials to run side by side)] for all trials that have no result yet, and with
-    --test for the first in any case."""
+    """[(task, its splits, keys of trials to run side by side)] for all trials that have no result
+    yet, and with --test for the first in any case."""
     groups = []
     for name, (splits, digest) in data.items():
         keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
@@ -518,7 +496,7 @@ def plan_trials(data, args, common, results, at_once):
                 or not any(key.items() <= result.items() for result in results)]
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
-        groups += [(name, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
+        groups += [(name, splits, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
     return groups
 
 
@@ -539,7 +517,7 @@ def main():
     # All errors in files are found before the first step
     path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = update_results(path)
+    results = update_results(path)  # also shows that it can be written
     names = [*args.task, *(EIGHT if "all" in args.task else ())]
     data = {name: load_task(name, args, tokenizer, device) for name in TASKS if name in names}
     groups = plan_trials(data, args, common, results,
@@ -547,12 +525,13 @@ def main():
     # A folder for each checkpoint, settings and seed: the server never gets a mixture
     test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
 
-    work = sum((epoch_batches(data[name][0]["train"], key["seed"], args)[1] + OVERHEAD).sum()
-               for name, keys in groups for key in keys)
+    work = sum((epoch_batches(splits["train"], key["seed"], args)[1] + OVERHEAD).sum()
+               for _, splits, keys in groups for key in keys)
     bar = tqdm(total=int(work), disable=not groups, mininterval=0.1 if sys.stderr.isatty() else 10,
-               bar_format="{desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
-    for name, keys in groups:
-        task, splits = TASKS[name], data[name][0]
+               bar_format="{desc}{percentage:3.0f}% |{bar}| {remaining} left for all tasks",
+               smoothing=0)  # at the mean speed so far
+    for name, splits, keys in groups:
+        task = TASKS[name]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
         bar.unpause()  # leaves compiling and recording out of the time left
@@ -579,7 +558,5 @@ if __name__ == "__main__":
         main()
     except (CramError, OSError) as error:
         sys.exit(f"finetune_glue.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("finetune_glue.py: the card's memory is too small; try a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command resumes with the unfinished trials")

@@ -70,8 +70,10 @@ REASONS_SHOWN = 20  # skipped documents that are named; the others are only coun
 
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
-# How characters outside ASCII are replaced (Oniguruma patterns). GLUE is nearly all ASCII, so the
-# replacements are what GLUE writes. None may glue words together or change a number.
+# Text becomes lower-case ASCII without accents, with single spaces (paper section 4.4). The paper
+# drops every character outside ASCII. We deviate: these tables (Oniguruma patterns) replace what
+# they can by what GLUE writes, the rest (other scripts, emoji, controls) by a space. None may glue
+# words together or change a number.
 
 BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
@@ -95,23 +97,11 @@ AFTER_DECOMPOSING = [  # in lower case
     ("``|''", '"'),
     (r"[^\x21-\x7e]{2,}|[^\x20-\x7e]", " "),  # leaves single spaces alone: twice as fast
 ]
-
-
-def build_normalizer():
-    """Lower-case ASCII without accents, single spaces (paper section 4.4).
-
-    The paper drops every character outside ASCII. We deviate: the tables above replace what they
-    can, the rest (other scripts, emoji, controls) becomes a space.
-    """
-    def replace(table):
-        return [normalizers.Replace(Regex(pattern), by) for pattern, by in table]
-
-    return normalizers.Sequence([
-        *replace(BEFORE_DECOMPOSING), normalizers.NFKD(), normalizers.Lowercase(),
-        *replace(AFTER_DECOMPOSING), normalizers.Strip()])
-
-
-NORMALIZER = build_normalizer()
+NORMALIZER = normalizers.Sequence([
+    *(normalizers.Replace(Regex(pattern), by) for pattern, by in BEFORE_DECOMPOSING),
+    normalizers.NFKD(), normalizers.Lowercase(),
+    *(normalizers.Replace(Regex(pattern), by) for pattern, by in AFTER_DECOMPOSING),
+    normalizers.Strip()])
 
 
 def normalize(text):
@@ -126,7 +116,7 @@ def train_tokenizer(texts, vocab_size):
 
     The library numbers "##" letters in hash order, which differs between processes and decides
     between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
-    characters that build_normalizer leaves) is passed as special tokens. Then ids are renumbered:
+    characters that NORMALIZER leaves) is passed as special tokens. Then ids are renumbered:
     SPECIAL_TOKENS first, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
@@ -140,8 +130,7 @@ def train_tokenizer(texts, vocab_size):
 
     entries = sorted(set(learned.get_vocab()) - set(SPECIAL_TOKENS))
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + entries)}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocab, unk_token="<unk>", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = words
     tokenizer.normalizer = NORMALIZER
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
@@ -165,14 +154,13 @@ def read_json(stream, path):
     is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
     for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
+        if not is_list and row.isspace():
+            continue
         where = f"{path} row {number}"
-        if is_list:
-            yield text_of(row, where)
-        elif not row.isspace():
-            try:
-                yield text_of(json.loads(row), where)
-            except (ValueError, RecursionError) as error:  # the latter: nested too deeply
-                yield None, f"{where}: not UTF-8 JSON ({error})"
+        try:
+            yield text_of(row if is_list else json.loads(row), where)
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+            yield None, f"{where}: not UTF-8 JSON ({error})"
 
 
 def read_txt(stream, path):
@@ -252,10 +240,7 @@ def local_files(pattern, out):
              if f.is_file() and not ours & {f.resolve(), *f.resolve().parents}]
     files = [str(f) for f in found if kind(str(f)) in READERS]
     if not files:
-        raise SystemExit(
-            f"--source {pattern}: nothing to read there. Give {', '.join(HUB)}, python-docs, or a "
-            f"path, folder or glob of {', '.join(READERS)} files; all but .parquet may end in .gz "
-            "or .xz")
+        raise SystemExit(f"--source {pattern}: nothing to read there; --help says what can be read")
     print(f"files to read: {len(files):,}; of other kinds, left out: {len(found) - len(files):,}")
     return files
 
@@ -296,9 +281,8 @@ def documents(files, file=0, row=0):
             time.sleep(RETRY_SECONDS)
 
 
-def progress_bar(desc, unit, total=None, done=0):
-    return tqdm(desc=desc, unit=unit, unit_scale=True, total=total, initial=done,
-                mininterval=0.1 if sys.stderr.isatty() else 60)
+def progress_bar(*args, **kwargs):
+    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
 def pieces(text):
@@ -319,21 +303,18 @@ def pieces(text):
 def tokenizer_texts(files, limit):
     """About `limit` characters to train the tokenizer on: the beginning of each local file, in
     proportion to its size, or the beginning of the hub's data or python-docs."""
-    parts = [(documents(files), limit)]
+    parts, used, due = [(files, limit)], 0, 0
     if os.path.exists(files[0]):
         sizes = [*map(os.path.getsize, files)]
-        parts = [(documents([f]), limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
-    used = due = 0
-    with progress_bar("tokenizer", "char") as bar:
-        for texts, share in parts:
-            due += share
-            for text, *_ in texts:
-                if used >= due:
-                    break
-                if text:
-                    yield from pieces(text)
-                    bar.update(len(text))
-                    used += len(text)
+        parts = [([f], limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
+    for part, share in parts:
+        due += share
+        for text, *_ in documents(part):
+            if used >= due:
+                break
+            if text:
+                yield from pieces(text)
+                used += len(text)
 
 
 # ------------------------------------------------------------------------------- 4. Workers
@@ -363,36 +344,38 @@ def tokenize_document(text):
     return np.concatenate(ids), len(normal), int.from_bytes(digest, "little")
 
 
-def tokenize(chunk):
-    return [tokenize_document(text) for text, _ in chunk if text is not None]
+def tokenize(texts):
+    return [tokenize_document(text) for text in texts]
 
 
 def chunks(files, start):
-    """Yields (list of a reader's pairs, cursor after them): the work of one `tokenize` call."""
-    chunk, size = [], 0
+    """Yields (texts, reasons, cursor): the work of one `tokenize` call, reasons for documents among
+    them that cannot be read, and where to resume after them."""
+    texts, reasons, size, cursor = [], [], 0, start
     for text, reason, cursor in documents(files, *start):
-        chunk.append((text, reason))
-        size += len(text or "")
-        if size >= 500_000 or len(chunk) >= 2_000:
-            yield chunk, cursor
-            chunk, size = [], 0
-    if chunk:
-        yield chunk, cursor
+        if text is None:
+            reasons.append(reason)
+        else:
+            texts.append(text)
+            size += len(text)
+        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
+            yield texts, reasons, cursor
+            texts, reasons, size = [], [], 0
+    yield texts, reasons, cursor
 
 
-def tokenize_chunks(chunks, tokenizer_json):
-    """Yields (chunk, cursor, tokenized documents) in order. All cores work a few chunks ahead."""
+def tokenize_chunks(files, start, tokenizer_json):
+    """Yields (reasons, cursor, future of `tokenize`) per chunk, in order. All cores work a few
+    chunks ahead."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
-        for chunk, cursor in chunks:
-            waiting.append((chunk, cursor, pool.submit(tokenize, chunk)))
+        for texts, reasons, cursor in chunks(files, start):
+            waiting.append((reasons, cursor, pool.submit(tokenize, texts)))
             if len(waiting) > 2 * cores:
-                chunk, cursor, future = waiting.popleft()
-                yield chunk, cursor, future.result()
-        for chunk, cursor, future in waiting:
-            yield chunk, cursor, future.result()
+                yield waiting.popleft()
+        yield from waiting
 
 
 # ------------------------------------------------------------------------------- 5. Filter and pack
@@ -422,11 +405,8 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 
 
 class Packer:
-    """Appends documents to train.tokens and val.tokens in `work`.
-
-    save() flushes them and records how much they hold. A run that resumes cuts off what was
-    written after the last save.
-    """
+    """Appends documents to train.tokens and val.tokens in `work`. A run that resumes cuts off what
+    was written after the last save()."""
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
@@ -490,17 +470,18 @@ def pack(files, tokenizer_json, work, seq_len, target):
     counts = packer.counts
     if counts["train_tokens"] >= target:
         return counts  # the run was stopped while ordering rows
-    work_left = tokenize_chunks(chunks(files, packer.cursor), tokenizer_json)
-    total = target if files[0].startswith("hf://") else None
-    with progress_bar("tokens", "tok", total, counts["train_tokens"]) as bar:
-        for chunk, cursor, tokenized in work_left:
-            for reason in [reason for text, reason in chunk if text is None]:
+    total = target if files[0].startswith("hf://") else None  # other sources may end before it
+    with progress_bar(
+            desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
+        for reasons, cursor, future in tokenize_chunks(files, packer.cursor, tokenizer_json):
+            for reason in reasons:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
+            tokenized = future.result()
             for document in tokenized:
                 counts[packer.add_document(*document)] += 1
-            counts["documents_read"] += len(chunk)
+            counts["documents_read"] += len(reasons) + len(tokenized)
             packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
@@ -541,22 +522,23 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
     n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
     print(f"ordering {per_key.sum():,} rows")
 
-    folder, part = work / "buckets", out_path.with_suffix(".part")
+    folder = work / "buckets"
     shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left some
     folder.mkdir()
-    digest, dealt = hashlib.sha256(), np.zeros(seq_len + 1, np.int64)
-    with open(part, "wb") as f:
-        for rows in row_blocks(tokens_path, seq_len):
-            keys = row_key(rows, dot)
-            for key in np.unique(keys):
-                same, n = rows[keys == key], n_buckets[key]
-                for k in range(n):  # row r with this key goes to bucket r % n
-                    with open(folder / f"{key}.{k}", "ab") as bucket:
-                        bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
-                dealt[key] += len(same)
+    dealt = np.zeros(seq_len + 1, np.int64)
+    for rows in row_blocks(tokens_path, seq_len):
+        keys = row_key(rows, dot)
+        for key in np.unique(keys):
+            same, n = rows[keys == key], n_buckets[key]
+            for k in range(n):  # row r with this key goes to bucket r % n
+                with open(folder / f"{key}.{k}", "ab") as bucket:
+                    bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
+            dealt[key] += len(same)
 
-        paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
-                 for k in range(n_buckets[key])]
+    paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
+             for k in range(n_buckets[key])]
+    part, digest = out_path.with_suffix(".part"), hashlib.sha256()
+    with open(part, "wb") as f:
         for seed, path in enumerate(paths):
             rows = np.fromfile(path, (np.uint16, seq_len))
             path.unlink()
@@ -598,18 +580,16 @@ def token_count(text):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="c4", help=(
-        "c4, wikipedia or fineweb-edu from the hub, python-docs (no network), or a path, folder or "
-        f"glob of {', '.join(READERS)} files, all but .parquet also .gz or .xz, with a column "
-        '"text" (default: %(default)s)'))
-    parser.add_argument("--tokens", type=token_count, default="8.9G", help=(
-        "stop after about this many training tokens, such as 200M or 1.5G (default: %(default)s, "
-        "24 h at the 103 k tokens/s of the paper's A6000; 18 GB on disk, 39 GB while it is made)"))
-    parser.add_argument("--out", default="data", help="folder to write (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32_768,
-                        help="WordPiece entries (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=128,
-                        help="tokens in a row (default: %(default)s)")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--source", default="c4", help="c4, wikipedia or fineweb-edu from the hub, python-docs (no "
+        f"network), or a path, folder or glob of {', '.join(READERS)} files, all but .parquet also "
+        '.gz or .xz, with a column "text"' + default)
+    add("--tokens", type=token_count, default="8.9G", help="stop after about this many training "
+        "tokens, such as 200M or 1.5G (default: %(default)s, 24 h at the 103 k tokens/s of the "
+        "paper's A6000; 18 GB on disk, 39 GB while it is made)")
+    add("--out", default="data", help="folder to write" + default)
+    add("--vocab-size", type=int, default=32_768, help="WordPiece entries" + default)
+    add("--seq-len", type=int, default=128, help="tokens in a row" + default)
     args = parser.parse_args()
     if not 256 <= args.vocab_size <= 65_536:
         parser.error("--vocab-size must be from 256 to 65536: ids are stored as uint16")
@@ -637,7 +617,7 @@ def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        texts = tokenizer_texts(files, TOKENIZER_CHARS)
+        texts = progress_bar(tokenizer_texts(files, TOKENIZER_CHARS), "tokenizer", unit=" lines")
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -650,10 +630,8 @@ def prepare(files, args, out, work):
     tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
-        raise SystemExit(
-            f"--source {args.source}: too little text: {tokens:,} tokens of "
-            f"{counts['documents_read']:,} documents. Training and validation need a row of "
-            f"{args.seq_len} each")
+        raise SystemExit(f"--source {args.source}: too little text. Training and validation need a "
+                         f"row of {args.seq_len} tokens each")
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
@@ -678,19 +656,19 @@ def main():
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     out, work = Path(args.out), Path(args.out) / UNFINISHED
-    arguments = {"version": VERSION, "source": args.source, "tokens": args.tokens,
-                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": []}
-    files = [args.source]
+    files, sizes = [args.source], []
     if args.source not in (*HUB, "python-docs"):
         files = local_files(args.source, out.resolve())
-        arguments["files"] = [[f, os.path.getsize(f)] for f in files]
-    record = {"source": args.source, "arguments": arguments}
+        sizes = [[f, os.path.getsize(f)] for f in files]
+    arguments = {"version": VERSION, "source": args.source, "tokens": args.tokens,
+                 "vocab_size": args.vocab_size, "seq_len": args.seq_len, "files": sizes}
     earlier = read_earlier(out, work, arguments)
     if (out / "meta.json").exists():
         shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed at its very end
         print(f"{out} is complete already")
         return
 
+    record = {"source": args.source, "arguments": arguments}
     if args.source in HUB:  # a resumed run keeps to its revision: the hub's may have changed
         record["hub_files"] = files = earlier.get("hub_files") or hub_files(args.source)
         record["revision"] = re.search("@([0-9a-f]+)/", files[0])[1]
