@@ -645,7 +645,7 @@ def test_forward_is_what_the_paper_says():
     assert loss.item() == pytest.approx(-(p[3, 7] * p[9, 8]).log().item() / 2, abs=1e-5)
 
 
-def test_electra_losses_by_slow_formulas():
+def test_electra_losses_and_gradients_by_slow_formulas():
     model = model_of("modernbert", vocab=12, objective="rtd", generator_layers=1,
                      generator_width=16)
     rows = torch.randint(5, 12, (16, 16))
@@ -674,6 +674,11 @@ def test_electra_losses_by_slow_formulas():
     correcting = -p[each_row, positions, targets].log().mean()
     torch.testing.assert_close(correction_loss, correcting, **close)
     torch.testing.assert_close(loss, guessing + 50 * telling + correcting, **close)
+
+    ours, *parts = [torch.autograd.grad(x, d.embed.weight, retain_graph=True)[0]
+                    for x in (loss, guessing, telling, correcting)]  # the embedding is shared
+    assert all(part.abs().sum() > 0 for part in parts)
+    torch.testing.assert_close(ours, parts[0] + 50 * parts[1] + parts[2], rtol=1e-3, atol=1e-5)
 
 
 def test_sampled_tokens_follow_the_distribution():
