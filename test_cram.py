@@ -1,35 +1,27 @@
-"""What the three scripts promise, as tests. No network; everything runs on text made here.
+"""What the three scripts promise, as tests. No network; all text is made here.
 
-    pytest -q                 all, three minutes on two cores
-    pytest -q -m "not slow"   the quick ones, 40 seconds
-    pytest -q -m cuda         the tests that need a card
+    pytest -q                 all, under three minutes on two cores
+    pytest -q -m "not slow"   the quick ones, half a minute
+    pytest -q -m cuda         those that need a card
 
-| promise | tests (test_...) |
+| promise, a section each | tests (test_...) |
 |---|---|
-| prepare: text becomes lower-case ASCII, no words glued | normalizer* |
-| special tokens are ids 0 to 4 and never read from text | special_tokens* |
-| rows lose nothing and are sorted; both splits; counts | packing*, counts* |
-| every kind of source; bad parts are named and skipped | a_folder* to long_or_damaged* |
-| the hub: default command, faults, outage, revision | default_command* |
-| killed, stopped, two at once: the same bytes | killed_and_restarted* to two_on_one* |
-| the model, ELECTRA and dropout are the papers' | parameters* to sampled_tokens* |
-| settings, schedules, optimizers, masks, order of rows | defaults* to a_short_budget* |
-| what each recipe computes has not moved | final_loss* |
-| a run learns; log, validation, --fill, load_checkpoint | a_run_learns* to checkpoint_of_an_* |
-| microbatch and processes change no result | microbatch_changes*, two_processes* |
-| the deadline holds, no row is skipped for a slow start | the_clock*, a_first_step* |
-| resume is exact, also after kill -9 | interrupted_twice*, finished_run*, stopped_or_killed* |
-| nothing is overwritten; one run a folder | neither_overwritten*, stopped_or_killed* |
-| screens, names and full disks end no run | stopped_or_killed*, names*, full_disk* |
-| steps, weights that are not finite | step_that_is_not*, diverged*, model_that_is_not* |
-| the microbatch is fitted to memory | the_microbatch_is_halved*, fitted_to_the_card* |
-| torchrun: both stop together, one can go on; one is late | two_processes*, starts_late* |
-| --export is the same model in transformers | exported_model*, cannot_be_exported* |
-| a card: compilation, 16 bits, CUDA graphs | a_compiled_run*, replayed* |
-| GLUE: metrics, examples, schedule, training loop | metrics* to adamw* |
-| GLUE: all tasks, the hub, files for the server, own task | all_of_glue* to scratch* |
-| GLUE: a score depends on nothing else; finished is skipped | finished_if*, depends_on_nothing* |
-| bad input: one sentence that says what to do | *says_what_is_wrong, no_checkpoint*, glue_needs* |
+| 1 text becomes lower-case ASCII, no words glued; special tokens | normalizer*, special_tokens* |
+| 2 rows lose nothing and are sorted; every document is counted | packing*, counts* |
+| 3 every kind of source, an unreliable hub; damage is skipped | a_folder* to the_default* |
+| 4 prepare.py: killed, stopped, two at once: the same bytes | killed*, stopped_before* |
+| 5 the models and their losses are the papers' | parameters* to sampled_tokens* |
+| 6 schedules, masks, order, optimizer; no result has moved | learning_rate* to the_final_loss* |
+| 7 a run learns; its log, checkpoint and guesses are right | a_run_learns* to a_checkpoint* |
+| 8 it ends before its deadline; a slow start skips no rows | the_clock* |
+| 9 microbatch and processes change no result | the_microbatch* to a_process* |
+| 10 a resume is exact, also after kill -9; one run a folder | interrupted* to stopped_or_killed* |
+| 11 no model is lost: steps that are not finite, a full disk | a_step* to a_full_disk |
+| 12 an exported model is the same in transformers | an_exported* |
+| 13 fine-tuning is the paper's: metrics, examples, training | metrics* to dropout* |
+| 14 GLUE: tasks, server files; a score depends on nothing else | all_of_glue* to a_task* |
+| 15 bad input: one sentence that says what to do | *_is_refused* |
+| 16 on a card: compilation, 16 bits, CUDA graphs | on_a_card* |
 """
 
 import argparse
@@ -45,7 +37,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -70,65 +61,78 @@ import cram
 import finetune_glue
 import prepare
 
-HERE = Path(__file__).parent
-TINY = {"layers": 2, "width": 32, "heads": 4, "batch": 32, "lr": 3e-3, "device": "cpu"}
-ELECTRA = {"recipe": "electra", "generator_layers": 1, "generator_width": 16}
 slow = pytest.mark.slow
 
+# ------------------------------------------------------------------------------ Running the scripts
 
-# ------------------------------------------------------------------------------------------ helpers
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+def start(*command, **popen):
+    """Start python in the folder of the scripts: start("cram.py", "--resume")."""
+    STARTED.append(subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=Path(__file__).parent,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen}))
+    return STARTED[-1]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "cram.py")
+
+
+def hurried_prepare(**constants):
+    """For start: prepare.py with other constants, and with short pauses, also of the hub's client,
+    which waits for minutes."""
+    return "-c", """
+import json, sys, time, prepare
+sleep, constants = time.sleep, json.loads(sys.argv.pop(1))
+time.sleep = lambda seconds: sleep(min(seconds, 0.001))
+vars(prepare).update(constants)
+prepare.main()
+""", json.dumps(constants)
+
+
+def script(*command, code=0, **popen):
+    """Run a script to its end: what it prints."""
+    process = start(*command, **popen)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in printed, printed
+    return printed
 
 
 def flags_of(settings):
-    return [x for name, value in settings.items() for x in (f"--{name}".replace("_", "-"), value)]
+    return [word for name, value in settings.items()
+            for word in (f"--{name}".replace("_", "-"), str(value))]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def launch(name, *args, runner=(), before="", **popen):
-    """Start one of the scripts as a user does. `before` is Python to run first in its process,
-    where the script is `it`."""
-    command = [sys.executable, *runner, HERE / name, *args]
-    if before:
-        main = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {name[:-3]} as it; {before}"
-        command[1:2] = ["-c", f"{main}\nit.main()"]
-    return subprocess.Popen([*map(str, command)], **{
-        "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen})
-
-
-def script(name, *args, code=0, **launching):
-    """Run one of the scripts to its end: what it prints."""
-    process = launch(name, *args, **launching)
-    try:
-        printed, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == code, printed
-    assert "Traceback" not in printed, printed
-    return printed
-
-
-def command(module, *args, refused=None, encoding="utf-8", **flags):
+def command(module, *args, refused=None, **flags):
     """Run a script's main() in this process, as to start one takes seconds: what it prints.
-    With refused="words" it must say them and stop."""
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    argv = [module.__name__ + ".py", *map(str, [*args, *flags_of(flags)])]
-    screen, errors = io.TextIOWrapper(io.BytesIO(), encoding, write_through=True), io.StringIO()
-    error = (cram.CramError, OSError, SystemExit)
-    stop = contextlib.nullcontext() if refused is None else pytest.raises(error)
+    With refused="words" it must stop and say them."""
+    argv = [f"{module.__name__}.py", *map(str, args), *flags_of(flags)]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    screen, errors = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
+    stops = contextlib.nullcontext() if refused is None else pytest.raises(
+        (cram.CramError, OSError, SystemExit))
     try:
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-            with mock.patch("sys.argv", argv), stop as stopped:
+            with mock.patch("sys.argv", argv), stops as error:
                 module.main()
     finally:
-        for number, handler in handlers:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        printed = screen.buffer.getvalue().decode(encoding)
+        printed = screen.buffer.getvalue().decode()
         print(printed, errors.getvalue())  # for pytest, which shows it if the test fails
-    assert refused is None or refused in f"{stopped.value} {errors.getvalue()}"
+    assert refused is None or refused in f"{error.value} {errors.getvalue()}"
     return printed
 
+
+# ------------------------------------------------------------------------------------ Text and rows
 
 LETTERS = random.Random(0)
 WORDS = ["".join(LETTERS.choices("abcdefghijklmnop", k=LETTERS.randint(3, 8))) for _ in range(100)]
@@ -143,17 +147,20 @@ def sentences(seed, n):
     return " ".join(text)
 
 
+TEXTS = [sentences(i, 30) for i in range(399)]
+SMALL_ROWS = ("--vocab-size", 700, "--seq-len", 32)
+
+
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
-SMALL_ROWS = ["--vocab-size", 700, "--seq-len", 32]
-
-
-def prepare_rows(out, *args, **launching):
-    """Run prepare.py in a process of its own: what it prints."""
-    return script("prepare.py", "--out", out, *SMALL_ROWS, *args, **launching)
+def prepare_rows(out, source, *args, refused=None, **constants):
+    """Run prepare.py in this process, with these of its constants changed: what it prints."""
+    with mock.patch.dict(vars(prepare), constants):
+        return command(
+            prepare, "--source", source, "--out", out, *SMALL_ROWS, *args, refused=refused)
 
 
 def meta_of(out):
@@ -169,7 +176,7 @@ def tokenizer_of(out):
 
 
 def files_of(out):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
 
 
 @pytest.fixture(scope="session")
@@ -177,33 +184,33 @@ def data(tmp_path_factory):
     """A prepared folder: rows of 32, 700 tokens, one document in a hundred to validate on."""
     folder = tmp_path_factory.mktemp("data")
     texts = [sentences(i, 8 + i % 5) + " <mask> <sep>" * (i == 0) for i in range(400)]
-    prepare_rows(folder / "rows", "--source", write_jsonl(folder / "text.jsonl", texts))
+    prepare_rows(folder / "rows", write_jsonl(folder / "text.jsonl", texts))
     return folder / "rows"
 
 
-def wait_for_log(process, out):
-    """Until a run that was just started has added to its log and there is a last.pt."""
-    log, last = out / "log.jsonl", out / "last.pt"
-    before = log.stat().st_size if log.exists() else 0
-    while not last.exists() or log.stat().st_size <= before:
-        assert process.poll() is None
-        time.sleep(0.02)
+# ------------------------------------------------------------------------------------ Training runs
+
+TINY = {"layers": 2, "width": 32, "heads": 4, "batch": 32, "lr": 3e-3, "device": "cpu"}
+ELECTRA = {"recipe": "electra", "generator_layers": 1, "generator_width": 16}
 
 
 @pytest.fixture
 def train(data, tmp_path):
-    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
-    stop_after=n a signal comes in the n-th step, as from Ctrl-C."""
-    def run(out="out", *args, resume=False, stop_after=None, refused=None, **flags):
-        real, calls = cram.mask_tokens, itertools.count(1)
+    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). As its
+    n-th step begins, in_step(n) is called, and with stop_after=n a signal comes as from Ctrl-C."""
+    def run(out="out", *args, resume=False, in_step=None, stop_after=None, refused=None, **flags):
+        real, steps = cram.mask_tokens, itertools.count(1)
 
-        def stop(*mask_args):
-            if next(calls) == stop_after:
+        def begin_step(*masking):
+            n = next(steps)
+            if in_step:
+                in_step(n)
+            if n == stop_after:
                 signal.raise_signal(signal.SIGTERM)
-            return real(*mask_args)
+            return real(*masking)
 
         args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
-        with mock.patch("cram.mask_tokens", stop):
+        with mock.patch("cram.mask_tokens", begin_step):
             run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
         return refused is None and read_run(tmp_path / out)
 
@@ -213,23 +220,32 @@ def train(data, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
-    """finished(recipe) -> the folder of a finished run, which is made once and not to be changed;
-    finished.printed[recipe] is what it printed."""
+    """finished(recipe) -> the folder of a finished run, made once and not to be changed, where
+    screen.txt is what it printed."""
     folder = tmp_path_factory.mktemp("finished")
 
     @functools.cache
     def run(recipe):
         flags = {**TINY, **ELECTRA, "recipe": recipe, "lr": 1e-2, "steps": 40}
-        run.printed[recipe] = command(cram, **flags, data=data, out=folder / recipe)
+        printed = command(cram, **flags, data=data, out=folder / recipe)
+        (folder / recipe / "screen.txt").write_text(printed)
         return folder / recipe
 
-    run.printed = {}
     return run
 
 
 def read_run(out):
     saved = torch.load(out / "last.pt", weights_only=True)
     return saved, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_log(process, out):
+    """Until a run that was just started has added to its log and there is a last.pt."""
+    log, last = out / "log.jsonl", out / "last.pt"
+    before = log.stat().st_size if log.exists() else 0
+    while not last.exists() or log.stat().st_size <= before:
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 # Bit for bit the same, through dictionaries and lists of tensors
@@ -249,20 +265,7 @@ def assert_same_run(one, other):
     assert a["data"] == b["data"]
 
 
-# --------------------------------------------------------------------------- prepare: text and rows
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """Run prepare.py in this process on a path or a list of texts: what it prints."""
-    def run(source, out, *args, refused=None, **constants):
-        if isinstance(source, list):
-            source = write_jsonl(tmp_path / f"{out}.jsonl", source)
-        args = ["--source", source, "--out", tmp_path / out, *SMALL_ROWS, *args]
-        with mock.patch.dict(vars(prepare), constants):
-            return command(prepare, *args, refused=refused)
-
-    return run
+# ----------------------------------------------------------------- 1. Text becomes lower-case ASCII
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -310,26 +313,7 @@ def test_special_tokens_come_first_and_are_not_read_from_text(data):
     assert ids[0] == cram.UNK and cram.UNK not in ids[1:]
 
 
-def test_counts_of_what_is_dropped(tmp_path, rows):
-    rng = random.Random(0)
-    noise = ["".join(rng.choices("!#$%&*+,-./:;<=>?@^_~0123456789", k=300)) for _ in range(7)]
-    good = [sentences(i, 30) for i in range(50)]
-    lines = [{"text": t} for t in [*good, *noise, "", " \n ", "漢字", good[3], good[3].upper()]]
-    lines += [{"text": None}, {"text": 5}, {"no": "text"}, [1], {"text": "x\ud800y"}]
-    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")  # a name that is not UTF-8
-    source.write_bytes("\n".join([*map(json.dumps, lines), "{not json", ""]).encode()
-                       + b'{"text": "\xff"}\n')
-    printed = rows(source, "d")
-    assert "With a small --vocab-size" in printed  # a tenth was too dense
-    assert "caf\\udce9.jsonl row 63: no text in a column \"text\", but {'text': None}" in printed
-    meta = meta_of(tmp_path / "d")
-    assert meta["documents_read"] == len(lines) + 2
-    assert meta["invalid"] == 6  # null, number, no column, list, not JSON, not UTF-8
-    assert meta["empty"] == 3
-    assert meta["dropped_duplicate"] == 2
-    assert meta["dropped_density"] in (7, 8)  # the noise, and perhaps the short "xy"
-    assert meta["documents_kept"] + sum(meta[key] for key in (
-        "empty", "invalid", "dropped_duplicate", "dropped_density")) == meta["documents_read"]
+# ----------------------------------------------------------------------------- 2. Rows lose nothing
 
 
 def reference_rows(texts, tokenizer, max_density, val_every, val_max_rows):
@@ -354,36 +338,54 @@ def reference_rows(texts, tokenizer, max_density, val_every, val_max_rows):
             for stream in (train, val)]
 
 
-def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path, rows):
+def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
+    """Also of a line so long that it is tokenized in pieces."""
     texts = [sentences(i, 3 + i % 40).replace(". ", ".\n" if i % 2 else ". ") for i in range(300)]
-    out = tmp_path / "d"
-    rows(texts, "d", MAX_DENSITY=0.168, VAL_EVERY=3, VAL_MAX_ROWS=20, BUCKET_TOKENS=3200,
-         DUPLICATE_SLOTS=7)  # other texts share a slot
+    texts[4], out = sentences(4, 2000), tmp_path / "d"
+    assert len(texts[4]) > 1.2 * prepare.PIECE
+    prepare_rows(out, write_jsonl(tmp_path / "t.jsonl", texts), MAX_DENSITY=0.168, VAL_EVERY=3,
+                 VAL_MAX_ROWS=20, BUCKET_TOKENS=3200, DUPLICATE_SLOTS=7)  # texts share a slot
     train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
     expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3, 20)
     assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
     assert [*map(tuple, val.tolist())] == expected_val[:20]
     assert meta["train_rows"] == len(train) and meta["val_rows"] == len(val) == 20
-    assert meta["documents_kept"] + meta["dropped_density"] == meta["documents_read"] == len(texts)
-    assert 50 < meta["dropped_density"] < 250
+    p = np.unique(train, return_counts=True)[1] / train.size
+    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
 
     dots = (train == tokenizer_of(out).token_to_id(".")).sum(1)
     assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
     place = {row: i for i, row in enumerate(expected_train)}
     ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
-    steps = np.diff(ties)  # rows with the same count are mixed, not in the order of the source
-    assert 0.3 < (steps > 0).mean() < 0.7
-    assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2  # also across buckets
-
-    p = np.unique(train, return_counts=True)[1] / train.size
-    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    # Rows with the same count are mixed, not in the order of the source, also across buckets
+    assert 0.3 < (np.diff(ties) > 0).mean() < 0.7
+    assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2
 
 
-# -------------------------------------------------------------------------------- prepare: sources
+def test_counts_of_what_is_dropped(tmp_path):
+    rng = random.Random(0)
+    noise = ["".join(rng.choices("!#$%&*+,-./:;<=>?@^_~0123456789", k=300)) for _ in range(7)]
+    texts = [*TEXTS[:50], *noise, "", " \n ", "漢字", TEXTS[3], TEXTS[3].upper()]
+    lines = [{"text": text} for text in texts]
+    lines += [{"text": None}, {"text": 5}, {"no": "text"}, [1], {"text": "x\ud800y"}]
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")  # a name that is not UTF-8
+    source.write_bytes("\n".join([*map(json.dumps, lines), "{not json", ""]).encode()
+                       + b'{"text": "\xff"}\n')
+    printed = prepare_rows(tmp_path / "d", source)
+    assert "caf\\udce9.jsonl row 63: no text in a column \"text\", but {'text': None}" in printed
+    counts = meta_of(tmp_path / "d")
+    assert counts["documents_read"] == len(lines) + 2
+    assert (counts["invalid"], counts["empty"], counts["dropped_duplicate"]) == (6, 3, 2)
+    assert counts["dropped_density"] in (7, 8)  # the noise, and perhaps the short "xy"
+    assert counts["documents_kept"] + counts["dropped_density"] + 6 + 3 + 2 == len(lines) + 2
 
 
-def test_a_folder_is_read_also_if_it_is_the_output(tmp_path, rows):
-    """Beside other files and a linked folder; the tokenizer sees a share of every file."""
+# -------------------------------------------------------------------------- 3. Every kind of source
+
+
+def test_a_folder_is_read_also_if_it_is_the_output(tmp_path):
+    """Beside other files and a linked folder; the tokenizer sees a share of every file. The long
+    .txt file is read in pieces."""
     out, other_letters = tmp_path / "data", str.maketrans("abcdefghijklmnop", "klmnopqrstuvwxyz")
     (out / "texts").mkdir(parents=True)
     for name in ("texts/c.csv", "tokenizer.json", "d.txt.zst"):
@@ -392,202 +394,184 @@ def test_a_folder_is_read_also_if_it_is_the_output(tmp_path, rows):
     write_jsonl(out / "texts/A.JSONL", [
         sentences(i, 8).translate(other_letters) for i in range(99)])
     (out / "linked").symlink_to(tmp_path, target_is_directory=True)
-    printed = rows(out, "data", TOKENIZER_CHARS=8000, PIECE=500)
+    printed = prepare_rows(out, out, TOKENIZER_CHARS=8000, PIECE=2000, MAX_DENSITY=1)
     assert "to read: 2; of other kinds, left out: 2" in printed
-    assert "complete already" in rows(out, "data")  # its own files are no new text
+    assert "complete already" in prepare_rows(out, out)  # its own files are no new text
+    assert meta_of(out)["documents_read"] > 99 + 20
+    assert meta_of(out)["characters_written"] == 2 * sum(
+        len(sentences(i, 8)) + 1 for i in range(99))
     vocab = tokenizer_of(out).get_vocab()
     assert sum(word in vocab for word in WORDS) > 50
     assert sum(word.translate(other_letters) in vocab for word in WORDS) > 50
 
 
 @slow
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, rows):
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     import datasets
 
-    texts = [sentences(i, 30) for i in range(40)]
+    texts = TEXTS[:40]
     lines = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
-    txt, tables = tmp_path / "txt", tmp_path / "parquet"
-    txt.mkdir()
+    (tmp_path / "txt").mkdir()
     for i, text in enumerate(texts):
-        (txt / f"{i:03}.txt").write_text(text)
-    # Other columns differ from table to table; one has no text, and one is damaged
-    for name, columns in (("a[1]", {"id": [*range(20)], "text": texts[:20]}),
-                          ("b", {"body": ["x"]}), ("c", {"id": ["x"] * 20, "text": texts[20:]})):
-        datasets.Dataset.from_dict(columns).to_parquet(tables / f"{name}.parquet")
-    (tables / "d.parquet").write_bytes((tables / "c.parquet").read_bytes()[:300])
+        (tmp_path / f"txt/{i:03}.txt").write_text(text)
+    for name, columns in (  # other columns differ; one has no text, one is damaged below
+            ("a[1]", {"id": [*range(20)], "text": texts[:20]}), ("b", {"body": ["x"]}),
+            ("c", {"id": ["x"] * 20, "text": texts[20:]}), ("d", {"text": ["x"]})):
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"parquet/{name}.parquet")
+    os.truncate(tmp_path / "parquet/d.parquet", 300)
 
     hashes = set()
     for source in ("a.jsonl", "*.xz", "a.json", "b.json.gz", "txt", "parquet"):
-        printed = rows(tmp_path / source, "out-" + source)
-        hashes.add(meta_of(tmp_path / ("out-" + source))["train_sha256"])
+        out = tmp_path / f"rows of {source}"
+        printed = prepare_rows(out, tmp_path / source)
+        hashes.add(meta_of(out)["train_sha256"])
     assert len(hashes) == 1 and "b.parquet" in printed and "d.parquet" in printed
 
 
-def test_long_or_damaged_files_lose_only_what_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE", 1000)
-
+def test_a_damaged_file_loses_only_what_cannot_be_read(tmp_path):
     def read(name, content):
         (tmp_path / name).write_bytes(content)
-        return [*prepare.read_file(str(tmp_path / name))]
+        *documents, (text, reason) = prepare.read_file(str(tmp_path / name))
+        assert text is None
+        return documents, reason
 
-    text = "\n".join(sentences(i, 3) + " ’" for i in range(200))
-    parts = [part for part, _ in read("t.txt", text.encode())]  # in pieces cut at line ends
-    assert "".join(parts) == text and len(parts) > 10
-    assert all(part.endswith("\n") for part in parts[:-1])
-    cut = [*prepare.pieces("words " * 500)]  # or at spaces
-    assert "".join(cut) == "words " * 500 and max(map(len, cut)) <= 1000
-    assert {*" ".join(cut).split()} == {"words"}
-
-    *parts, (none, reason) = read("line.txt", "word’".encode() * 400 + b"caf\xe9 \xff" + b"w" * 9)
-    assert "".join(part for part, _ in parts) == "word’" * 400 + "caf\ufffd \ufffd" + "w" * 9
-    assert none is None and "2 bytes that are not UTF-8" in reason
+    documents, reason = read("t.txt", b"caf\xe9 \xff" + b"w" * 9)
+    assert documents == [("caf\ufffd \ufffd" + "w" * 9, None)]
+    assert "2 bytes that are not UTF-8" in reason
     lines = b"".join(b'{"text": "%s"}\n' % sentences(i, 20).encode() for i in range(400))
     for ending, whole in (("xz", lzma.compress(lines)), ("gz", gzip.compress(lines, 0))):
         half = whole[: len(whole) // 2]
         for content in (half, half + b"\xff" * 100_000):
-            *documents, (_, reason) = read(f"cut.jsonl.{ending}", content)
+            documents, reason = read(f"t.jsonl.{ending}", content)
             assert sum(bool(text) for text, _ in documents) > 50 and "cut off" in reason
 
 
-@pytest.mark.parametrize("content, args, words", [
-    (None, [], "nothing to read there"),
-    (b'{"text": "too short"}\n', [], "too little text"),
-    (b"", ["--vocab-size", 70000], "256 to 65536"),
-    (b"", ["--tokens", "inf"], "at least one row, and finite"),
-])
-def test_prepare_says_what_is_wrong(tmp_path, rows, content, args, words):
-    if content is not None:
-        (tmp_path / "t.jsonl").write_bytes(content)
-    rows(tmp_path / "t.jsonl", "d", *args, refused=words)
-    assert not (tmp_path / "d/unfinished").exists()  # another source may be given
-
-
-# -------------------------------------------------------------------------------- prepare: the hub
-
-
-TEXTS = [sentences(i, 30) for i in range(399)]
-IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda s: sleep(min(s, 0.001))"
-
-
-class HubRequest(http.server.SimpleHTTPRequestHandler):
+class HubRequest(http.server.BaseHTTPRequestHandler):
     """A request to the fixture `hub`."""
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
-        self.server.asked.append(self.path)
-        self.fault = self.server.fault(self.path)
-        self.send_error(self.fault) if isinstance(self.fault, int) else super().do_GET()
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.asked.append(path)
+        fault, content = hub.fault(path), hub.files.get(path)
+        if isinstance(fault, int) or content is None:
+            return self.send_error(fault or 404)
+        self.send_response(200)
+        self.send_header("Content-Length", len(content))
+        self.send_header("ETag", f'"{path}"')
+        self.send_header("X-Repo-Commit", hub.sha)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // (2 if fault == "cut" else 1)])
 
-    def end_headers(self):
-        self.send_header("ETag", f'"{self.path}"')
-        self.send_header("X-Repo-Commit", self.server.sha)
-        super().end_headers()
-
-    def copyfile(self, source, outputfile):
-        content = source.read()
-        outputfile.write(content[: len(content) // (2 if self.fault == "cut" else 1)])
+    do_HEAD = do_GET
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """The hub as far as its client asks it for C4, here in three gzipped files of lines.
+    """The hub as far as its client asks it for C4, here TEXTS in three gzipped files of lines.
     `hub.fault(path)` may give a status to fail with, "cut" to close the connection in the middle of
     the answer, or None; `hub.asked` lists the paths asked for."""
-    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) for text in TEXTS]
-    files = {f"c4-train.0000{i}.json.gz": gzip.compress(
-        "\n".join(lines[133 * i : 133 * (i + 1)]).encode()) for i in range(3)}
-    tree = [{"type": "file", "path": file, "oid": "b" * 40, "size": len(content)}
-            for file, content in files.items()]
-    about = {"id": "allenai/c4", "sha": "a" * 40, "tags": [], "private": False, "gated": False,
-             "siblings": [{"rfilename": file} for file in files]}
-    readme = (b"---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n"
-              b"    path: c4-train.*.json.gz\n---\n")
-    for path, content in {
-            "datasets/allenai/c4/resolve/main/README.md": readme,
-            f"api/datasets/allenai/c4/revision/{'a' * 40}": json.dumps(about).encode(),
-            f"api/datasets/allenai/c4/tree/{'a' * 40}": json.dumps(tree).encode(),
-            **{f"datasets/allenai/c4/resolve/{'a' * 40}/{file}": files[file] for file in files},
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(content)
-    hub = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(HubRequest, directory=tmp_path))
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubRequest)
     hub.sha, hub.asked, hub.fault = "a" * 40, [], lambda path: None
     hub.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
                "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+
+    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) for text in TEXTS]
+    shards = {f"c4-train.0000{i}.json.gz": gzip.compress(
+        "\n".join(lines[133 * i : 133 * (i + 1)]).encode()) for i in range(3)}
+    about = {"id": "allenai/c4", "sha": hub.sha, "tags": [], "private": False, "gated": False,
+             "siblings": [{"rfilename": name} for name in shards]}
+    tree = [{"type": "file", "path": name, "oid": "b" * 40, "size": len(content)}
+            for name, content in shards.items()]
+    api, files = "/api/datasets/allenai/c4", "/datasets/allenai/c4/resolve"
+    hub.files = {f"{files}/{hub.sha}/{name}": content for name, content in shards.items()} | {
+        f"{api}/revision/{hub.sha}": json.dumps(about).encode(),
+        f"{api}/tree/{hub.sha}": json.dumps(tree).encode(),
+        f"{files}/main/README.md": b"---\nconfigs:\n- config_name: en\n  data_files:\n"
+                                   b"  - split: train\n    path: c4-train.*.json.gz\n---\n"}
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     return hub
 
 
 @slow
-def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path, rows):
-    rows(write_jsonl(tmp_path / "t.jsonl", TEXTS), "local")
-    prepare_rows(tmp_path / "hub", env=hub.env)
-    one, other = (files_of(tmp_path / name) for name in ("hub", "local"))
+def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path):
+    def prepare_c4(out, code=0, **constants):
+        return script(*hurried_prepare(**constants), "--out", tmp_path / out, *SMALL_ROWS,
+                      env=hub.env, code=code)
+
+    prepare_rows(tmp_path / "local", write_jsonl(tmp_path / "t.jsonl", TEXTS))
+    prepare_c4("hub")
+    one, other = files_of(tmp_path / "hub"), files_of(tmp_path / "local")
     assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
     assert meta_of(tmp_path / "hub")["revision"] == hub.sha
 
     failures = [500, "cut", 429, 503] * 20  # longer than the client itself tries again
     hub.fault = lambda path: failures.pop() if "00001.json" in path and failures else None
-    printed = prepare_rows(tmp_path / "faults", env=hub.env, before=IMPATIENT)
-    assert not failures and "does not answer" in printed
+    assert "does not answer" in prepare_c4("faults") and not failures
     assert files_of(tmp_path / "faults") == one
 
     passes = itertools.count()  # the tokenizer's, then that of packing: an outage begins
     hub.fault = lambda path: 500 if "00002.json" in path and next(passes) else None
-    printed = prepare_rows(tmp_path / "d", env=hub.env, code=1, before=IMPATIENT
-                           + "; it.OUTAGE_SECONDS = 0.1; it.SAVE_SECONDS = 0")
+    printed = prepare_c4("outage", code=1, OUTAGE_SECONDS=0.1, SAVE_SECONDS=0)
     assert "Start the same command again" in printed
     old, hub.sha, hub.fault, hub.asked = hub.sha, "d" * 40, lambda path: None, []
-    prepare_rows(tmp_path / "d", env=hub.env)
+    prepare_c4("outage")
     assert any(old in path for path in hub.asked) and not any(hub.sha in p for p in hub.asked)
-    assert files_of(tmp_path / "d") == one  # of the revision that it began with
+    assert files_of(tmp_path / "outage") == one  # of the revision that it began with
 
     hub.shutdown()
     hub.server_close()
-    printed = prepare_rows(tmp_path / "none", env=hub.env, code=1, before=IMPATIENT)
-    assert "--source python-docs" in printed and not (tmp_path / "none").exists()
+    assert "--source python-docs" in prepare_c4("none", code=1)
+    assert not (tmp_path / "none").exists()
 
 
-# ---------------------------------------------------------------------------- prepare: interrupted
+# ------------------------------------------- 4. Killed or stopped, prepare.py writes the same bytes
 
 
 @slow
 def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(tmp_path):
-    texts = [sentences(i, 20 + i % 60) for i in range(2000)]
-    source = write_jsonl(tmp_path / "t.jsonl", texts + texts[::2])  # the last third repeats
-    prepare_rows(tmp_path / "once", "--source", source,
-                 before="import os; getattr(os, 'sched_setaffinity', lambda *_: 0)(0, {0})")
+    """Also after a full disk, here a largest size of file. While one writes, no other may: the lock
+    ends with its process, however that ends."""
     import resource
 
-    killed = ["--out", tmp_path / "killed", "--source", source, *SMALL_ROWS]
-    assert "File too large. Start the same command again" in script(
-        "prepare.py", *killed, code=1, preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (200_000, 200_000)))  # as a full disk would stop it
+    texts = [sentences(i, 20 + i % 60) for i in range(2000)]
+    source = write_jsonl(tmp_path / "t.jsonl", texts + texts[::2])  # the last third repeats
+    once, out = tmp_path / "once", tmp_path / "killed"
+    args = ("--source", source, *SMALL_ROWS, "--out")
+    script("prepare.py", *args, once, preexec_fn=lambda: (
+        hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {0})))
+    printed = script("prepare.py", *args, out, code=1, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert "File too large. Start the same command again" in printed
 
-    progress, read = tmp_path / "killed/unfinished/progress.json", [0]
+    progress, read = out / "unfinished/progress.json", [0]
     for target in (1, 1250, 2100, 10**9):  # documents read when the process is killed
-        process = launch("prepare.py", *killed, before="it.SAVE_SECONDS = 0.05")
+        process = start(*hurried_prepare(SAVE_SECONDS=0.05), *args, out)
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
             if progress.exists():
                 read.append(json.loads(progress.read_text())["counts"]["documents_read"])
+        if target == 1:
+            prepare_rows(out, source, refused="another prepare.py is writing")
         process.kill()
         process.communicate(timeout=60)  # until the workers have ended too, which hold its output
     assert process.returncode == 0 and len({*read}) > 3
-    assert meta_of(tmp_path / "once")["dropped_duplicate"] == 1000
-    assert files_of(tmp_path / "once") == files_of(tmp_path / "killed")  # meta.json's counts too
+    assert meta_of(once)["dropped_duplicate"] == 1000
+    assert files_of(once) == files_of(out)  # meta.json's counts too
+    prepare_rows(out, source, "--seq-len", 64, refused="other seq_len")
 
 
-def test_stopped_before_any_of_its_files_it_goes_on(tmp_path, rows, monkeypatch):
+@slow
+def test_stopped_before_any_of_its_files_it_goes_on(tmp_path, monkeypatch):
     """Also where --tokens ends it: after 2,000 documents, which are tokenized together."""
     source = write_jsonl(tmp_path / "t.jsonl", [sentences(i, 2) for i in range(2100)])
-    rows(source, "once", "--tokens", 1000)
+    prepare_rows(tmp_path / "once", source, "--tokens", 1000)
     assert meta_of(tmp_path / "once")["documents_read"] == 2000
     replace, stopped = os.replace, []
 
@@ -598,27 +582,13 @@ def test_stopped_before_any_of_its_files_it_goes_on(tmp_path, rows, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", stop)
-    while not (tmp_path / "d/meta.json").exists():
-        rows(source, "d", "--tokens", 1000, refused="No space" if len(stopped) < 7 else None)
+    for _ in range(7):
+        prepare_rows(tmp_path / "d", source, "--tokens", 1000, refused="No space")
+    prepare_rows(tmp_path / "d", source, "--tokens", 1000)
     assert files_of(tmp_path / "d") == files_of(tmp_path / "once") and len(stopped) == 7
 
 
-@slow
-def test_two_on_one_folder_and_starting_over(tmp_path, rows):
-    """The second is refused while the first lives. Other arguments are refused later, too."""
-    source, work = write_jsonl(tmp_path / "t.jsonl", TEXTS[:30]), tmp_path / "d/unfinished"
-    first = launch("prepare.py", "--source", source, "--out", work.parent, *SMALL_ROWS)
-    while not (work / "arguments.json").exists():
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)
-    rows(source, "d", refused="another prepare.py is writing")
-    first.send_signal(signal.SIGCONT)
-    first.communicate(timeout=60)
-    assert first.returncode == 0 and not work.exists()
-    rows(source, "d", "--seq-len", 64, refused="other seq_len")
-
-
-# --------------------------------------------------------------------------------------- the models
+# ------------------------------------------------------------------- 5. The models and their losses
 
 
 def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
@@ -632,15 +602,10 @@ def model_of(kind="crammed", vocab=50, seq_len=16, layers=2, **settings):
 
 @slow
 def test_parameters_and_operations_at_the_papers_size():
-    s = cram.Settings(**cram.RECIPES["electra"])
     with torch.device("meta"):
         model = cram.CrammedBERT(cram.Settings(), 32_768, 128)
-        electra = cram.Electra(s, 32_768, 128)
     assert sum(p.numel() for p in model.parameters()) == 119_589_889
     assert round(model.flops_per_token(0.25) / 1e6) == 623
-    trunks = [10 * L * C * C * 6 + 12 * L * 128 * C for L, C in ((s.layers, s.width), (6, 256))]
-    assert electra.flops_per_token(0.15) == pytest.approx(
-        sum(trunks) + 2 * 6 * 32_768 * s.width * 0.15, rel=0.01)
 
 
 def test_forward_is_what_the_paper_says():
@@ -680,31 +645,12 @@ def test_forward_is_what_the_paper_says():
     assert loss.item() == pytest.approx(-(p[3, 7] * p[9, 8]).log().item() / 2, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["crammed", "modernbert"])
-def test_dropout_only_in_fine_tuning(kind):
-    """After the embedding, in attention, after attention and FFN, before the last layer."""
-    ids, plain, F = torch.randint(50, (2, 16)), model_of(kind).train(), torch.nn.functional
-    assert torch.equal(plain.encode(ids), plain.encode(ids))
-    tuned = finetune_glue.Classifier(copy.deepcopy(plain), 2, dropout=0.3).double().train()
-    with mock.patch.object(F, "dropout", wraps=F.dropout) as dropout, mock.patch.object(
-            F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
-        tuned(ids, None)
-    assert [call.args[1:3] for call in dropout.mock_calls] == [(0.3, True)] * (1 + 2 * 2 + 1)
-    assert [call.kwargs["dropout_p"] for call in attention.mock_calls] == [0.3] * 2
-    torch.testing.assert_close(tuned.eval().bert.encode(ids), plain.encode(ids))
-
-
-def electra(**settings):
-    """A tiny Electra in float64, and a batch for it."""
+def test_electra_losses_and_gradients_by_slow_formulas():
     model = model_of("modernbert", vocab=12, objective="rtd", generator_layers=1,
-                     generator_width=16, **settings)
+                     generator_width=16)
     rows = torch.randint(5, 12, (16, 16))
-    masked = cram.mask_tokens(rows, 0.25, 1.0, 12, torch.Generator().manual_seed(3))
-    return model, rows, masked
-
-
-def test_electra_losses_by_slow_formulas():
-    model, rows, (ids, positions, targets, uniform) = electra()
+    ids, positions, targets, uniform = cram.mask_tokens(
+        rows, 0.25, 1.0, 12, torch.Generator().manual_seed(3))
     loss, generator_loss, rtd_loss, correction_loss, found, replaced = model(
         ids, positions, targets, uniform)
 
@@ -729,24 +675,10 @@ def test_electra_losses_by_slow_formulas():
     torch.testing.assert_close(correction_loss, correcting, **close)
     torch.testing.assert_close(loss, guessing + 50 * telling + correcting, **close)
 
-
-def test_electra_gradients():
-    """The generator learns nothing from the discriminator but through the embedding, which gets the
-    gradients of both losses."""
-    gradients = []
-    for weight in (0.0, 1.0, 50.0):
-        model, _, masked = electra(rtd_weight=weight)
-        model(*masked)[0].backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    none, one, fifty = gradients
-    assert "generator.embed.weight" not in none  # it is the discriminator's
-    for name, g in none.items():
-        if name.startswith("generator"):
-            assert torch.equal(g, fifty[name]) and g.abs().sum() > 0, name
-    embed = "discriminator.embed.weight"
-    of_discriminator = one[embed] - none[embed]
-    assert none[embed].abs().sum() > 0 and of_discriminator.abs().sum() > 0
-    torch.testing.assert_close(fifty[embed], none[embed] + 50 * of_discriminator)
+    ours, *parts = [torch.autograd.grad(x, d.embed.weight, retain_graph=True)[0]
+                    for x in (loss, guessing, telling, correcting)]  # the embedding is shared
+    assert all(part.abs().sum() > 0 for part in parts)
+    torch.testing.assert_close(ours, parts[0] + 50 * parts[1] + parts[2], rtol=1e-3, atol=1e-5)
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -760,15 +692,7 @@ def test_sampled_tokens_follow_the_distribution():
     assert last.max() < 30_000  # the sum of so many probabilities may stay below it
 
 
-# ------------------------------------------------------------------------------------- the recipes
-
-
-def test_defaults_are_the_papers():
-    s = cram.Settings()
-    assert (s.hours, s.layers, s.width, s.heads) == (24, 16, 768, 12)
-    assert (s.lr, s.beta1, s.beta2, s.eps) == (1e-3, 0.9, 0.98, 1e-12)
-    assert (s.weight_decay, s.clip, s.batch, s.mask_rate) == (0.01, 0.5, 8192, 0.25)
-    assert (finetune_glue.MAX_LENGTH, len(finetune_glue.EIGHT)) == (128, 8)
+# ----------------------------------------------------------------------------------- 6. The recipes
 
 
 @pytest.mark.parametrize("recipe, peak, shares", [
@@ -787,21 +711,6 @@ def test_batch_staircase():
     assert [cram.batch_at(f, s(batch=32)) for f in (0, 0.0376, 1)] == [2, 4, 32]
     assert cram.batch_at(0, s(batch=1)) == cram.batch_at(1, s(batch=1)) == 1
     assert cram.batch_at(0, s(batch=32, ramp=0)) == 32
-
-
-def test_muon_is_torchs_muon():
-    starts = [0.02 * torch.randn(shape) for shape in ((32, 32), (64, 32), (32, 64), (32, 32))]
-    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in starts] for _ in range(2))
-    optimizers = cram.Muon(ours, 2e-3, 5.0), torch.optim.Muon(
-        theirs, lr=2e-3, weight_decay=5.0, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for start, a, b in zip(starts, ours, theirs):  # theirs computes in bf16
-        assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
 def test_masks_are_exact_and_never_the_same():
@@ -852,7 +761,19 @@ def test_a_short_budget_reads_an_even_share_of_the_file_and_others_skip_nothing(
         assert rows == cram.row_numbers(0, position, n_rows, s).tolist()
 
 
-# ---------------------------------------------------------------------------------- a training run
+def test_muon_is_torchs_muon():
+    starts = [0.02 * torch.randn(shape) for shape in ((32, 32), (64, 32), (32, 64), (32, 32))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in starts] for _ in range(2))
+    optimizers = cram.Muon(ours, 2e-3, 5.0), torch.optim.Muon(
+        theirs, lr=2e-3, weight_decay=5.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, a, b in zip(starts, ours, theirs):  # theirs computes in bf16
+        assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
 @pytest.mark.parametrize("recipe, loss, val_loss, tolerance", [
@@ -867,9 +788,12 @@ def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, toleran
     assert line["val_loss"] == pytest.approx(val_loss, abs=tolerance)
 
 
+# -------------------------------------------------------------- 7. A run learns and keeps its books
+
+
 def test_a_run_learns_and_keeps_its_books(finished):
     out = finished("crammed")
-    (saved, log), printed = read_run(out), finished.printed["crammed"]
+    (saved, log), printed = read_run(out), (out / "screen.txt").read_text()
     s = cram.Settings(**saved["settings"])
     rows = [cram.batch_at(k / 40, s) for k in range(40)]
     for n, line in enumerate(log, 1):
@@ -877,8 +801,6 @@ def test_a_run_learns_and_keeps_its_books(finished):
         assert line["lr"] == cram.lr_at((n - 1) / 40, s)
         assert line["mfu"] is None and line["tokens_per_s"] > 0
         assert ("val_loss" in line) == (n % 2 == 0)  # every 5 %
-    for optimizer in saved["optimizers"]:
-        assert {group["lr"] for group in optimizer["param_groups"]} == {log[-1]["lr"]}
     assert log[-1]["val_loss"] < log[1]["val_loss"] - 1
     content = torch.load(out / "ckpt.pt", weights_only=True)
     assert_same(content["model"], saved["model"])
@@ -886,9 +808,8 @@ def test_a_run_learns_and_keeps_its_books(finished):
 
     assert len(re.findall(r"^ *\d+:\d\d:\d\d .*", printed, re.M)) == len(log)
     summary = printed[printed.index("\ntokens  "):]  # one block ends the run
-    for words in ("40, of which 0 skipped", "train ", "peak memory", "exaFLOP",
-                  f"validation loss  {log[-1]['val_loss']:.3f}"):
-        assert words in summary
+    assert "40, of which 0 skipped" in summary
+    assert f"validation loss  {log[-1]['val_loss']:.3f}" in summary
 
 
 def test_validation_loss_as_the_contract_defines_it(data, finished):
@@ -901,55 +822,6 @@ def test_validation_loss_as_the_contract_defines_it(data, finished):
     p = model.logits(masked).double().softmax(-1)
     _, [*_, line] = read_run(finished("crammed"))
     assert line["val_loss"] == pytest.approx(-p[(*at, rows[at])].log().mean().item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("recipe", ["crammed", pytest.param("electra", marks=slow)])
-def test_the_microbatch_changes_nothing(train, recipe):
-    flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
-    whole, log = train("whole", **flags)
-    parts, parts_log = train("parts", **flags, microbatch=5)
-    for name, p in whole["model"].items():
-        torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
-    for a, b in zip(log, parts_log):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
-
-
-def test_the_clock_ends_a_run_before_its_deadline(train, monkeypatch):
-    """On a clock of our own, by which a step takes 1.1 s: 54 in a minute, as none is begun that
-    would end later. Rate and batch, and a validation every 5 %, follow the clock."""
-    now, real = [1000.0], cram.mask_tokens
-
-    def step(*mask_args):
-        now[0] += 1.1
-        return real(*mask_args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(cram, "mask_tokens", step)
-    saved, log = train(minutes=1)
-    s = cram.Settings(**saved["settings"])
-    for line in log:
-        before = (line["step"] - 1) * 1.1 / 60
-        assert line["progress"] == pytest.approx(line["elapsed_s"] / 60)
-        assert line["elapsed_s"] == pytest.approx(line["step"] * 1.1)
-        assert line["lr"] == pytest.approx(cram.lr_at(before, s))
-        assert line["batch"] == cram.batch_at(before, s)
-    assert line["step"] == saved["state"]["step"] == 54
-    assert sum("val_loss" in line for line in log) == 20
-
-
-def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeypatch):
-    """It takes 40 s of the minute; the others, of 0.3 s, read more than all rows."""
-    now, passes, real = [1000.0], itertools.count(), cram.mask_tokens
-
-    def forward_pass(*mask_args):
-        now[0] += 40 if next(passes) == 1 else 0.3  # the first is the search for the microbatch
-        return real(*mask_args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(cram, "mask_tokens", forward_pass)
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    saved, _ = train("out", "--compile", minutes=1, ramp=0)
-    assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
@@ -967,21 +839,21 @@ def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
 
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
 def test_fill_and_python_interface(finished, recipe):
-    out = finished(recipe)
-    printed = command(cram, "--out", out, "--fill", "a <mask> b <mask>.")
+    fill = functools.partial(command, cram, "--out", finished(recipe), "--fill")
+    printed = fill("a <mask> b <mask>.")
     assert printed.count("<mask>:") == 2 and printed.count("%") == 10
-    model, tokenizer = cram.load_checkpoint(out / "ckpt.pt", device="cpu")
+    model, tokenizer = cram.load_checkpoint(finished(recipe) / "ckpt.pt", device="cpu")
     ids = torch.tensor([tokenizer.encode("some text").ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert model.encode(ids, mask).shape == (*ids.shape, 32) and not model.training
     if recipe == "electra":
-        printed = command(cram, "--out", out, "--fill", "Nothing masked")
-        assert [line.split()[1] for line in printed.splitlines()] == ["Nothing", "masked"]
+        assert [line.split()[1] for line in fill("Nothing masked").splitlines()] == [
+            "Nothing", "masked"]
         assert model.replaced(ids, mask).shape == ids.shape
         with pytest.raises(cram.CramError, match="no logits"):
             model.logits(ids)
     else:
-        command(cram, "--out", out, "--fill", "nothing", refused="<mask>")
+        fill("nothing", refused="<mask>")
         assert model.logits(ids, mask).shape == (*ids.shape, tokenizer.get_vocab_size())
 
 
@@ -990,52 +862,118 @@ def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
     del content["settings"]["objective"]  # it had no such setting
     torch.save(content, tmp_path / "ckpt.pt")
     assert cram.load_checkpoint(tmp_path / "ckpt.pt")[0].seq_len == 32
-    content["settings"]["magic"] = 1
-    torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(cram.CramError, match="another version of cram.py, with magic"):
-        cram.load_checkpoint(tmp_path / "ckpt.pt")
 
 
-@pytest.mark.parametrize("flags, words", [
-    ({"hours": "nan"}, "--hours must be a positive number"),
-    ({"hours": 1e-9}, "over before the first step"),
-    ({"hours": 1, "steps": 2}, "one of --hours, --minutes and --steps"),
-    ({"steps": 2, "heads": 3}, "even multiple of its 3 heads"),
-    ({"steps": 2, "generator_width": 130}, "even multiple of its 2 heads"),
-    ({"steps": 2, "device": "tpu"}, "cannot be used"),
-    ({"steps": 2, "recipe": "magic"}, "choose from"),
-    ({"fill": "a <mask>"}, "no checkpoint"),
-])
-def test_cram_says_what_is_wrong(train, flags, words):
-    train("o", refused=words, **flags)
-    assert not list(train.folder.glob("o/*.pt*"))
+# ---------------------------------------------------------------------------------- 8. The deadline
 
 
-@pytest.mark.parametrize("name, words", [
-    ("meta.json", "damaged"), ("tokenizer.json", "not the one"), ("val.bin", "cannot reshape")])
-def test_a_data_folder_that_was_copied_badly_is_refused(data, train, name, words):
-    folder = shutil.copytree(data, train.folder / "data")
-    (folder / name).write_text("{}")
-    train("o", data=folder, refused=words, steps=2)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes only where a test moves it: clock.now += seconds."""
+    clock = argparse.Namespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
 
 
-class Mischief:
-    def __reduce__(self):
-        return os.system, ("touch mischief-was-done",)
+def test_the_clock_ends_a_run_before_its_deadline(train, clock):
+    """54 steps of 1.1 s in a minute, as none is begun that would end later. Rate, batch, and a
+    validation every 5 %, follow the clock."""
+    def step(n):
+        clock.now += 1.1
+
+    saved, log = train(minutes=1, in_step=step)
+    s = cram.Settings(**saved["settings"])
+    for line in log:
+        before, after = (line["step"] - 1) * 1.1 / 60, line["step"] * 1.1 / 60
+        assert [line["progress"], line["elapsed_s"]] == pytest.approx([after, after * 60])
+        assert line["lr"] == pytest.approx(cram.lr_at(before, s))
+        assert line["batch"] == cram.batch_at(before, s)
+    assert line["step"] == saved["state"]["step"] == 54
+    assert sum("val_loss" in line for line in log) == 20
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Mischief(), "settings": {}}, "code.pt")
-    code = Path("code.pt").read_bytes()
-    for content in (b"", b"no checkpoint", pickle.dumps({"model": 1}, 2), code):
-        Path("ckpt.pt").write_bytes(content)
-        command(cram, "--out", ".", "--fill", "a <mask>", refused="not a checkpoint")
-        command(finetune_glue, "--task", "cola", "--ckpt", "ckpt.pt", refused="not a checkpoint")
-    assert not Path("mischief-was-done").exists()
+def test_the_clock_skips_no_rows_for_a_first_step_that_compiles(train, clock):
+    """It takes half of the minute; the others read more than all rows."""
+    def step(n):
+        clock.now += 30 if n == 1 else 0.5
+
+    saved, _ = train(minutes=1, ramp=0, in_step=step)
+    assert saved["state"]["rows"] == saved["state"]["position"] > 59 * 32
 
 
-# ---------------------------------------------------------------------------- interrupted, resumed
+# ----------------------------------------------------- 9. Microbatch and processes change no result
+
+
+@pytest.mark.parametrize("recipe", ["crammed", pytest.param("electra", marks=slow)])
+def test_the_microbatch_changes_nothing(train, recipe):
+    flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
+    whole, log = train("whole", **flags)
+    parts, parts_log = train("parts", **flags, microbatch=5)
+    for name, p in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
+    for a, b in zip(log, parts_log):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
+
+
+def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
+    """On a card; here one is played, in place of the compiler. The search moves no weight and
+    leaves no momentum: the run is the one that began with that microbatch."""
+    def small_card(model):
+        def compiled(ids, *masked):
+            if len(ids) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return model(ids, *masked)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", small_card)
+    flags = {"recipe": "modern", "steps": 3, "layers": 1}
+    expected = train("given", microbatch=8, **flags)
+    found = train("found", "--compile", **flags)
+    assert train.printed.count("trying half") == 2 and "; 8 rows per forward" in train.printed
+    assert_same_run(found, expected)
+
+
+def children_of(process):
+    return [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+
+
+@slow
+def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
+    """With electra, so also with Muon, whose matrices they share. Asked to stop, within a step,
+    both save; killed, one takes the other with it; one alone can go on, and two after it. (They sum
+    in another order, and Muon makes much of little.)"""
+    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
+    out, resume = train.folder / "two", ["--resume"]
+    for number, code, words, args in (
+            (signal.SIGTERM, 0, "and saved; continue with", flags_of({**flags, "data": data})),
+            (signal.SIGKILL, 1, "has lost another process of the run", resume)):
+        two = start(*TORCHRUN, "--out", out, *args)
+        wait_for_log(two, out)
+        os.kill(children_of(two)[-1], number)
+        printed, _ = two.communicate(timeout=120)
+        assert two.returncode == code and words in printed and not (out / "ckpt.pt").exists()
+        train("two", resume=True, stop_after=1)
+    assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
+
+    (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
+    for name, p in a["model"].items():
+        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
+    assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
+    for line, other in zip(a_log, b_log):
+        for key in ("loss", "val_loss"):
+            assert line.get(key) == pytest.approx(other.get(key), abs=0.05)
+
+
+@slow
+def test_a_process_that_starts_late_validates_with_the_others(data, tmp_path):
+    """Its clock is a sixth of the budget behind, so between the two a validation is always due."""
+    late = "import time, cram; time.sleep(1.5 * (cram.RANK == 0)); cram.main()"
+    flags = {**TINY, "minutes": 9 / 60, "data": data, "out": tmp_path}
+    script(*TORCHRUN[:-1], "--no-python", sys.executable, "-c", late, *flags_of(flags))
+    assert all(line.get("val_loss", 0) < 8 for line in read_run(tmp_path)[1])
+
+
+# ---------------------------------------------------------------------------- 10. A resume is exact
 
 
 @pytest.mark.parametrize("recipe, steps, passes", [
@@ -1072,24 +1010,6 @@ def test_a_finished_run_resumed(train, finished):
     assert saved["state"]["step"] == 60 and "another budget" in train.printed
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_something_else(train, data):
-    train(steps=8, stop_after=3)
-    train(steps=2, refused="continue it with --resume")
-    for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"), ({"layers": 3}, "--layers 3"),
-                         ({"seed": 1}, "--seed 1"),
-                         ({"data": train.folder / "moved"}, "name its folder with --data")):
-        train(resume=True, refused=words, **flags)
-    other = shutil.copytree(data, train.folder / "other")
-    (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
-    train(resume=True, data=other, refused="other train_sha256")
-    os.truncate(other / "train.bin", 647)
-    train(resume=True, data=other, refused="damaged")
-    train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
-    train(resume=True)
-    (train.folder / "out/ckpt.pt").rename(train.folder / "out/last.pt")
-    train(resume=True, refused="finished model")
-
-
 @slow
 def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
     """SIGTERM saves and leaves, kill -9 does not; last.pt is written after every step. Meanwhile no
@@ -1097,24 +1017,21 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
     signal, which is ignored where a shell started pytest with &.) The whole run, to compare with,
     outlives its screen, as behind `| head -n 1` or in a terminal that is closed."""
     flags = {**TINY, "data": data, "width": 128, "steps": 100}
-    whole = launch("cram.py", "--out", train.folder / "whole", *flags_of(flags),
-                   stderr=subprocess.PIPE)
+    whole = start("cram.py", "--out", train.folder / "whole", *flags_of(flags),
+                  stderr=subprocess.PIPE)
     whole.stdout.readline()
     whole.stdout.close()
     out, rng, flags["save_minutes"] = train.folder / "out", random.Random(2), 1e-6
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         resume = out.exists()
-        process = launch("cram.py", "--out", out, *(["--resume"] if resume else flags_of(flags)))
-        try:
-            wait_for_log(process, out)
-            process.send_signal(signal.SIGSTOP)
-            train(resume=resume, refused="another run is writing to")
-            process.send_signal(signal.SIGCONT)
-            time.sleep(rng.uniform(0, 0.05))
-            process.send_signal(number)
-            printed, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
+        process = start("cram.py", "--out", out, *(["--resume"] if resume else flags_of(flags)))
+        wait_for_log(process, out)
+        process.send_signal(signal.SIGSTOP)
+        train(resume=resume, refused="another run is writing to")
+        process.send_signal(signal.SIGCONT)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if number == signal.SIGKILL else 0)
         assert ("continue with --resume" in printed) == (number != signal.SIGKILL)
         assert (out / "last.pt").exists() and not (out / "ckpt.pt").exists()
@@ -1122,27 +1039,15 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
     assert_same_run(train(resume=True, save_minutes=5), read_run(train.folder / "whole"))
 
 
-def test_names_that_the_terminal_cannot_show(train):
-    out = train.folder / "é漢"
-    train("é漢", steps=2, recipe="modern", encoding="ascii")
-    assert r"\xe9" in train.printed
-    assert r"\xe9" in command(cram, "--out", out, "--export", out / "é", encoding="ascii")
-
-
-# ---------------------------------------------------------------------------- when things go wrong
-
-
-def nan_in_steps(monkeypatch, *steps):
-    """Make the norm of the gradient NaN in these steps."""
-    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (
-        real(*args) * (math.nan if next(calls) in steps else 1)))
+# ----------------------------------------------------------------------------- 11. No model is lost
 
 
 def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
     """In the middle and at the end: weights and moments are those of the steps before it, and the
     run ends with its model."""
-    nan_in_steps(monkeypatch, 4, 8)
+    real, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (
+        real(*args) * (math.nan if next(steps) in (4, 8) else 1)))
     before, _ = train(steps=8, stop_after=7)
     saved, log = train(resume=True)
     for one, other in zip(before["optimizers"], saved["optimizers"]):
@@ -1152,15 +1057,9 @@ def test_a_step_that_is_not_finite_changes_nothing(train, monkeypatch):
     assert all(math.isfinite(line["loss"]) for line in log)
 
 
-def test_a_run_that_diverged_stops_and_keeps_its_last_checkpoint(train, monkeypatch):
-    before, _ = train(steps=100, stop_after=3)
-    nan_in_steps(monkeypatch, *range(100))
-    train(resume=True, refused="30 steps in a row")
-    assert_same_run((read_run(train.folder / "out")[0], []), (before, []))
-
-
 @pytest.mark.parametrize("steps, lr, words", [
-    (10, 1e39, "not finite: the run has diverged"), (2, 1e37, "validation loss is not finite")])
+    (10, 1e39, "not finite: the run has diverged"), (2, 1e37, "validation loss is nan"),
+    (100, 1e37, "30 steps in a row")])
 def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     """The first step has learning rate 0; the second makes the weights infinite, or so large that
     they give no loss."""
@@ -1170,97 +1069,31 @@ def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
-def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
-    """On a card; here one is played, in place of the compiler. The search moves no weight and
-    leaves no momentum: the run is the one that began with that microbatch."""
-    def small_card(model):
-        def compiled(ids, *masked):
-            if len(ids) > 8:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return model(ids, *masked)
-        return compiled
+def test_a_full_disk(train, finished):
+    """Too little room is said at the start. In mid-run training continues, and the older last.pt
+    stays whole. A disk that holds one more file gets the model: here no file may be larger."""
+    import resource
 
-    monkeypatch.setattr(torch, "compile", small_card)
-    flags = {"recipe": "modern", "steps": 3, "layers": 1}
-    expected = train("given", microbatch=8, **flags)
-    found = train("found", "--compile", **flags)
-    assert train.printed.count("trying half") == 2 and "; 8 rows per forward" in train.printed
-    assert_same_run(found, expected)
+    with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=1000)):
+        train("other", steps=2, refused="has 0.0 GB free")
+    last, model = (finished("crammed") / name for name in ("last.pt", "ckpt.pt"))
+    assert model.stat().st_mtime_ns < last.stat().st_mtime_ns  # it is written first
 
-
-def test_a_full_disk(train, monkeypatch):
-    """Too little room is said at the start; in mid-run training continues; at the end the model is
-    written before last.pt; a file is whole or not there."""
-    real, saves, out = torch.save, [], train.folder / "out"
-
-    def disk(content, f):
-        saves.append(content)
-        real(content, f)
-        if 3 <= len(saves) < 6 or "optimizers" in content and "ckpt.pt" in os.listdir(out):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", disk)
-    train(steps=12, save_minutes=1e-9)
-    assert train.printed.count("No space left on device; the older last.pt is kept") == 4
-    assert "tokenizer" in saves[-2]
-    assert cram.load_checkpoint(out / "ckpt.pt") and not list(out.glob("*.part"))
-    assert read_run(out)[0]["state"]["step"] == 12
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
-    train("other", steps=2, refused="has 0.0 GB free")
+    before, _ = train(steps=12, stop_after=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (last.stat().st_size * 2 // 3, limits[1]))
+    try:
+        saved, log = train(resume=True, save_minutes=1e-9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert train.printed.count("too large; training continues") == 10
+    assert "cannot be continued later" in train.printed and log[-1]["step"] == 12
+    assert_same(saved["model"], before["model"])
+    assert cram.load_checkpoint(train.folder / "out/ckpt.pt")
+    assert not list(train.folder.glob("out/*.part"))
 
 
-# ------------------------------------------------------------------------------- several processes
-
-
-@slow
-def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
-    """With electra, so also with Muon, whose matrices they share. Asked to stop, within a step,
-    both save; killed, one takes the other with it; one alone can go on, and two after it. (They sum
-    in another order, and Muon makes much of little.)"""
-    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
-    out = train.folder / "two"
-    for number, words, args in (
-            (signal.SIGTERM, "; continue with --resume", flags_of({"data": data, **flags})),
-            (signal.SIGKILL, "has lost another process of the run", ["--resume"]),
-            (None, "validation loss", ["--resume"])):
-        two = launch("cram.py", "--out", out, *args, runner=TORCHRUN)
-        try:
-            if number:
-                wait_for_log(two, out)
-                children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
-                os.kill(int(children[-1]), number)
-            printed, _ = two.communicate(timeout=120)
-        finally:
-            two.kill()
-        assert (two.returncode == 0) == (number != signal.SIGKILL) and words in printed
-        if number:
-            assert not (out / "ckpt.pt").exists()
-            train("two", resume=True, stop_after=1)
-    assert printed.count("validation loss") == 1
-    (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
-    for name, p in a["model"].items():
-        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
-    assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
-    for line, other in zip(a_log, b_log):
-        for key in ("loss", "val_loss"):
-            assert line.get(key) == pytest.approx(other.get(key), abs=0.05)
-
-
-@slow
-def test_a_process_that_starts_late_validates_with_the_others(data, tmp_path):
-    """Its clock is a tenth of the budget behind, so between the two a validation is always due."""
-    late = tmp_path / "late.py"
-    late.write_text(f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import cram\n"
-                    "time.sleep(0.5 * (cram.RANK == 0)); cram.main()")
-    flags = {**TINY, "minutes": 5 / 60, "data": data, "out": tmp_path / "o"}
-    process = subprocess.run([sys.executable, *TORCHRUN, late, *map(str, flags_of(flags))],
-                             capture_output=True, text=True, timeout=60)
-    assert process.returncode == 0, process.stderr
-    assert all(line.get("val_loss", 0) < 8 for line in read_run(tmp_path / "o")[1])
-
-
-# ------------------------------------------------------------------------------------------ export
+# --------------------------------------------------------------- 12. The same model in transformers
 
 
 @slow
@@ -1281,85 +1114,21 @@ def test_an_exported_model_is_the_same_in_transformers(finished, tmp_path, recip
         assert row[m].tolist() == [cram.CLS, *ours, cram.SEP]
     assert tokens.decode(ids[1], skip_special_tokens=True) == " ".join(WORDS[80:92])
 
-    trained = {}  # the classes of transformers that take every weight, or the trunk
-    for kind in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
-        theirs, report = getattr(transformers, "AutoModel" + kind).from_pretrained(
-            folder, output_loading_info=True)
-        trained[kind] = theirs.eval()
-        lacks = {key.split(".")[0] for key in report["missing_keys"]} - {"decoder"}
-        assert lacks == ({"classifier"} if "Class" in kind and recipe == "modern" else set())
-    hidden = trained[""](**batch).last_hidden_state[mask]
+    trunk = transformers.AutoModel.from_pretrained(folder).eval()
+    hidden = trunk(**batch).last_hidden_state[mask]
     torch.testing.assert_close(hidden, model.encode(ids, mask)[mask], rtol=0, atol=2e-5)
-    trained[""].save_pretrained(tmp_path / "again")
-    again = transformers.AutoModel.from_pretrained(tmp_path / "again", attn_implementation="eager")
-    torch.testing.assert_close(again(**batch).last_hidden_state[mask], hidden, rtol=0, atol=2e-5)
-    assert (again.bfloat16()(**batch).last_hidden_state[mask] - hidden).abs().mean() < 0.05
-    assert set(trained[""].config.layer_types) == {"full_attention"}  # these rows fit any window
-
+    assert set(trunk.config.layer_types) == {"full_attention"}  # these rows fit any window
     if recipe == "electra":
-        scores = trained["ForTokenClassification"](**batch).logits.softmax(-1)[..., 1]
-        torch.testing.assert_close(scores[mask], model.replaced(ids, mask)[mask])
-        found = transformers.pipeline("token-classification", model=str(folder), ignore_labels=[])
-        assert {entry["entity"] for entry in found(texts[1])} <= {"original", "replaced"}
-        assert "what it guesses is nonsense" in (folder / "README.md").read_text()
-        return
-    logits = trained["ForMaskedLM"](**batch).logits[mask]
-    torch.testing.assert_close(logits, model.logits(ids, mask)[mask], rtol=0, atol=2e-5)
-    printed = command(cram, "--out", out, "--fill", texts[0])
-    for guess in transformers.pipeline("fill-mask", model=str(folder))(texts[0]):
-        assert f" {guess['score']:.1%}" in printed
+        whole = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
+        assert whole.config.id2label == {0: "original", 1: "replaced"}
+        scores, expected = whole(**batch).logits.softmax(-1)[..., 1], model.replaced(ids, mask)
+    else:
+        whole = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+        scores, expected = whole(**batch).logits, model.logits(ids, mask)
+    torch.testing.assert_close(scores[mask], expected[mask], rtol=0, atol=2e-5)
 
 
-def test_what_cannot_be_exported_is_said(finished, tmp_path):
-    command(cram, "--out", finished("crammed"), "--export", tmp_path / "x",
-            refused="only --model modernbert")
-    assert not (tmp_path / "x").exists()
-    command(cram, "--out", finished("modern"), "--export", finished("modern"), refused="not empty")
-
-
-# --------------------------------------------------------------------------------------- on a card
-
-
-def on_a_card(test):
-    """Only `pytest -m cuda` runs it."""
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-    return pytest.mark.cuda(skip(test))
-
-
-@on_a_card
-@pytest.mark.parametrize("recipe, precision", [
-    ("crammed", "fp16"), ("modern", "auto"), ("electra", "auto")])
-def test_a_compiled_run_in_16_bits_is_the_plain_one_and_resumes(train, recipe, precision):
-    """On a card, compiled and resumed, within rounding of the same steps in float32."""
-    torch.compiler.reset()  # it remembers the shapes of the other recipes
-    flags = {**ELECTRA, "recipe": recipe, "device": "cuda", "width": 64, "steps": 20}
-    _, plain = train("plain", "--no-compile", **flags, precision="fp32")
-    train("other", **flags, precision=precision, stop_after=8)
-    dtype = "float16" if precision == "fp16" else "bfloat16"
-    assert f"{dtype}, compiled; 512 rows per forward pass" in train.printed
-    _, other = train("other", resume=True)
-    assert "GiB" in train.printed and len(plain) == len(other)
-    assert plain[-1]["loss"] < 0.8 * plain[0]["loss"]  # far more than the two may differ by
-    for a, b in zip(plain, other):
-        for key in {"loss", "val_loss", "loss_generator", "loss_discriminator"} & a.keys():
-            assert a[key] == pytest.approx(b[key], rel=0.03)
-
-
-@on_a_card
-def test_the_microbatch_is_fitted_to_the_card(train):
-    """With 384 MiB allowed, of which weights and moments take 170, and 512 rows several hundred."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(384 * 2**20 / total)
-    try:
-        train(device="cuda", width=512, layers=4, batch=4096, steps=2)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "trying half" in train.printed
-    assert 1 <= int(re.search(r"(\d+) rows per forward pass\n", train.printed)[1]) < 512
-
-
-# --------------------------------------------------------------------------------- GLUE: the parts
+# ------------------------------------------------------------------- 13. Fine-tuning is the paper's
 
 
 def test_metrics_by_hand():
@@ -1393,26 +1162,22 @@ def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
         assert lr[steps // 10 + (steps - steps // 10) // 2] == pytest.approx(0.5, abs=0.02)
 
 
-def split_of(lengths, device="cpu"):
-    """Examples of so many random tokens."""
-    ids = torch.randint(5, 50, (len(lengths), 128), generator=torch.Generator().manual_seed(0))
-    ids *= torch.arange(128) < torch.tensor(lengths)[:, None]
-    labels = torch.arange(len(lengths)) % 2
-    return finetune_glue.Split(ids.int().to(device), labels.to(device),
-                               (np.array(lengths) + 31) // 32 * 32)
-
-
-LENGTHS = random.Random(1).choices(range(3, 100), k=30)
-
-
+LENGTHS = random.Random(1).choices(range(3, 100), k=30)  # of examples, in tokens
 TINY_GLUE = argparse.Namespace(batch_size=4, lr=1e-2, scratch=False, epochs=2, dropout=0.0)
 
 
+def examples(device="cpu"):
+    ids = torch.randint(5, 50, (30, 128), generator=torch.Generator().manual_seed(0))
+    ids *= torch.arange(128) < torch.tensor(LENGTHS)[:, None]
+    return finetune_glue.Split(ids.int().to(device), (torch.arange(30) % 2).to(device),
+                               (np.array(LENGTHS) + 31) // 32 * 32)
+
+
 def trial_of(seed=0, device="cpu"):
-    """A small model to tune on CoLA with examples of LENGTHS, four a step."""
+    """A small model to tune on these examples of CoLA, four a step."""
     return finetune_glue.Trial(
-        model_of(seq_len=128).float().to(device), finetune_glue.TASKS["cola"],
-        split_of(LENGTHS, device), seed, torch.float32, TINY_GLUE)
+        model_of(seq_len=128).float().to(device), finetune_glue.TASKS["cola"], examples(device),
+        seed, torch.float32, TINY_GLUE)
 
 
 def weights_after(*trials):
@@ -1422,8 +1187,8 @@ def weights_after(*trials):
 
 
 def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
-    split = split_of(LENGTHS)
-    (rows, T), other = (finetune_glue.epoch_batches(split, seed, TINY_GLUE) for seed in (7, 8))
+    (rows, T), other = (
+        finetune_glue.epoch_batches(examples(), seed, TINY_GLUE) for seed in (7, 8))
     first, second = rows.reshape(2, 28)
     assert len(set(first)) == len(set(second)) == 28 and {*first, *second} <= set(range(30))
     assert first.tolist() != second.tolist() and rows.tolist() != other[0].tolist()
@@ -1432,7 +1197,7 @@ def test_every_row_once_an_epoch_and_the_smallest_length_that_holds_a_batch():
 
 
 def test_predictions_are_in_the_order_of_the_rows_and_padding_changes_none():
-    trial, split = trial_of(), split_of(LENGTHS)
+    trial, split = trial_of(), examples()
     trial.task = finetune_glue.TASKS["stsb"]  # whose predictions are numbers
     predicted = trial.predict(split)
     with torch.no_grad():
@@ -1443,7 +1208,7 @@ def test_predictions_are_in_the_order_of_the_rows_and_padding_changes_none():
 
 def test_a_trial_is_adamw_on_its_batches():
     """Against the plain loop: padded to each batch's longest, lr a number."""
-    trial, split = trial_of(seed=5), split_of(LENGTHS)
+    trial, split = trial_of(seed=5), examples()
     trial.model.double()
     reference = copy.deepcopy(trial.model)
     [ours] = weights_after(trial)
@@ -1463,20 +1228,7 @@ def test_a_trial_is_adamw_on_its_batches():
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-@on_a_card
-def test_replayed_graphs_are_the_steps_one_by_one():
-    eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
-    eager.use_graphs = False
-    (expected,), (ours, _) = weights_after(eager), weights_after(*replayed)
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(ours, expected))
-    moved = replayed[0].model.bert.embed.weight.cpu() - model_of(seq_len=128).float().embed.weight
-    assert moved.abs().max() > 1e-2  # far more than the two may differ by
-
-
-# ------------------------------------------------------------------------------- GLUE: the command
-
-
-def write_glue(folder, name, train=32, validation=16, **columns):
+def write_glue(folder, name, train=16, validation=16):
     """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
     task, rng = finetune_glue.TASKS[name], random.Random(0)
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -1485,28 +1237,32 @@ def write_glue(folder, name, train=32, validation=16, **columns):
         for i in range(train if split == "train" else validation):
             label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
             row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
-            rows.append({**row, "label": label, "idx": i, **columns})
+            rows.append({**row, "label": label, "idx": i})
             if split in task.test:
                 rows[i]["label"] = -1
         (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
+ONE = ("--trials", 1, "--epochs", 1)
+
+
 @pytest.fixture
 def glue(finished, tmp_path):
-    """Run finetune_glue.py in this process on what write_glue wrote: glue(flags) -> its output."""
-    (tmp_path / "out").mkdir()
-    shutil.copy(finished("crammed") / "ckpt.pt", tmp_path / "out")
-
+    """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
+    finished run in glue.out: glue(flags) -> its output."""
     def run(*args, refused=None):
-        return command(finetune_glue, "--ckpt", tmp_path / "out/ckpt.pt", "--device", "cpu",
-                       "--data", tmp_path / "glue", *args, refused=refused)
+        return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
+                       "--data", run.data, *args, refused=refused)
 
-    run.folder = tmp_path / "out"
+    run.out, run.data = tmp_path / "out", tmp_path / "glue"
+    run.out.mkdir()
+    shutil.copy(finished("crammed") / "ckpt.pt", run.out)
+    run.write = functools.partial(write_glue, run.data)
     return run
 
 
-def results_in(folder):
+def scores_in(folder):
     """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
     results = json.loads((folder / "glue.json").read_text())
     scores = {(result["task"], result["seed"]): result["scores"] for result in results}
@@ -1514,18 +1270,55 @@ def results_in(folder):
     return scores
 
 
-ONE = ("--trials", 1, "--epochs", 1)
+@slow
+def test_fine_tuning_learns_and_writes_what_it_learned(glue):
+    glue.write("mnli", train=512, validation=63)
+    glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
+    assert min(scores_in(glue.out)["mnli", 0].values()) > 95
+    for file in ("MNLI-m", "MNLI-mm"):
+        [path] = glue.out.glob(f"glue_test*/{file}.tsv")
+        right = [f"{i}\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(63)]
+        assert len(set(right) & set(path.read_text().splitlines())) >= 60
+
+
+def test_scratch_forgets_the_pretraining(glue, tmp_path):
+    glue.write("stsb")
+    content = torch.load(glue.out / "ckpt.pt", weights_only=True)
+    content["model"]["blocks.0.ffn.up.weight"] *= 2
+    torch.save(content, tmp_path / "other.pt")
+    scores = []
+    for ckpt in (glue.out / "ckpt.pt", tmp_path / "other.pt"):
+        for flags in ([], ["--scratch"]):
+            out = tmp_path / str(len(scores))
+            glue("--task", "stsb", *ONE, "--ckpt", ckpt, "--out", out, *flags)
+            scores.append(scores_in(out)["stsb", 0])
+    assert scores[0] != scores[2] and scores[1] == scores[3]
+
+
+@pytest.mark.parametrize("recipe, flags, p", [
+    ("crammed", [], 0.1), ("modern", [], 0.0), ("modern", ["--dropout", 0.3], 0.3)])
+def test_dropout_is_the_papers_and_none_for_modernbert(glue, finished, recipe, flags, p):
+    """After the embedding, in attention, after attention and FFN, before the last layer."""
+    glue.write("rte")
+    F, ckpt = torch.nn.functional, finished(recipe) / "ckpt.pt"
+    with mock.patch.object(F, "dropout", wraps=F.dropout) as dropout, mock.patch.object(
+            F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+        glue("--task", "rte", *ONE, "--ckpt", ckpt, "--out", glue.out, *flags)
+    train, score = [(p, True)] * (1 + 2 * 2 + 1), [(p, False)] * (1 + 2 * 2 + 1)  # a step each
+    assert [call.args[1:3] for call in dropout.mock_calls] == train + score
+    assert [call.kwargs["dropout_p"] for call in attention.mock_calls] == [p, p, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------- 14. GLUE
 
 
 @slow
-def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
+def test_all_of_glue_and_the_files_for_its_server(glue):
     for name in finetune_glue.EIGHT:
-        write_glue(tmp_path / "glue", name, train=16, validation=5)
-    glue("--task", "cola", *ONE)
+        glue.write(name, validation=5)
     printed = glue("--task", "all", "--trials", 2, "--epochs", 1)
-    assert "cola seed 0" not in printed and "cola seed 1" in printed  # only what is missing
     assert "mnli: a subset, 16 training rows, not the official 392,702" in printed
-    scores = results_in(glue.folder)
+    scores = scores_in(glue.out)
     nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
             for name in finetune_glue.EIGHT for split in finetune_glue.TASKS[name].validation]
     assert len(nine) == 9 and len(scores) == 16
@@ -1534,8 +1327,8 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
     assert average.split() == [f"{sum(nine) / 9:.1f}", "80.7", "subset"]  # the paper's
 
     glue("--task", "all", "--test", *ONE)
-    assert results_in(glue.folder) == scores  # the first trials ran again, and are there once
-    [folder] = glue.folder.glob("glue_test*")
+    assert scores_in(glue.out) == scores  # the first trials ran again, and are there once
+    [folder] = glue.out.glob("glue_test*")
     three, two = {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}
     allowed = {"MNLI-m": three, "MNLI-mm": three, "AX": three, "QNLI": two, "RTE": two,
                "STS-B": None, **dict.fromkeys(["CoLA", "SST-2", "MRPC", "QQP", "WNLI"], "01")}
@@ -1550,154 +1343,214 @@ def test_all_of_glue_and_the_files_for_its_server(glue, tmp_path):
     # Predicted afresh, by the first trial; what another seed or other settings predict is apart
     stsb = (folder / "STS-B.tsv").read_text()
     (folder / "STS-B.tsv").unlink()
-    for more in (["--trials", 2], [*ONE, "--seed", 1], [*ONE, "--lr", 1e-3]):
-        printed = glue("--task", "stsb", "--test", "--epochs", 1, *more)
-    assert "average" not in printed and "cola" not in printed  # a table of its own
-    assert len([*glue.folder.glob("glue_test*/STS-B.tsv")]) == 3
+    for flags in (["--trials", 2], [*ONE, "--seed", 1], [*ONE, "--lr", 1e-3]):
+        glue("--task", "stsb", "--test", "--epochs", 1, *flags)
+    assert len([*glue.out.glob("glue_test*/STS-B.tsv")]) == 3
     assert stsb == (folder / "STS-B.tsv").read_text()
 
 
-def test_without_data_the_rows_come_from_the_hub(glue, tmp_path, monkeypatch):
-    import datasets
-
+def test_without_data_the_rows_come_from_the_hub(glue, tmp_path):
     def load_dataset(repository, task, split):
         path = write_glue(tmp_path / repository, task) / task / f"{split}.jsonl"
         return map(json.loads, path.read_text().splitlines())
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    args = ["--task", "cola", *ONE, "--ckpt", glue.folder / "ckpt.pt", "--device", "cpu"]
-    command(finetune_glue, *args)
-    assert (tmp_path / "nyu-mll/glue").exists() and ("cola", 0) in results_in(glue.folder)
-    monkeypatch.setattr(datasets, "load_dataset", None)
-    command(finetune_glue, *args, refused="without a network, give --data")
+    args = ("--task", "cola", *ONE, "--ckpt", glue.out / "ckpt.pt", "--device", "cpu")
+    with mock.patch("datasets.load_dataset", load_dataset):
+        command(finetune_glue, *args)
+    assert (tmp_path / "nyu-mll/glue").exists() and ("cola", 0) in scores_in(glue.out)
+    with mock.patch("datasets.load_dataset", None):
+        command(finetune_glue, *args, refused="without a network, give --data")
 
 
 @slow
-def test_fine_tuning_learns_and_each_prediction_stands_beside_its_row(glue, tmp_path):
-    write_glue(tmp_path / "glue", "mnli", train=512, validation=63)
-    glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
-    assert min(results_in(glue.folder)["mnli", 0].values()) > 95
-    for file in ("MNLI-m", "MNLI-mm"):
-        [path] = glue.folder.glob(f"glue_test*/{file}.tsv")
-        right = [f"{i}\t{('entailment', 'neutral', 'contradiction')[i % 3]}" for i in range(63)]
-        assert len(set(right) & set(path.read_text().splitlines())) >= 60
-
-
 def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_path):
-    write_glue(tmp_path / "glue", "cola")
-    results, ckpt = glue.folder / "glue.json", glue.folder / "ckpt.pt"
-    glue("--task", "cola", *ONE)
-    data = (tmp_path / "glue").rename(tmp_path / "elsewhere")  # a path is not content
-    flags = ["--task", "cola", *ONE, "--data", data]
-    [result] = json.loads(results.read_text())
-    assert result["torch"] == torch.__version__ and result["rows"] == 32
-    results.write_text(json.dumps([{**result, "torch": "2.0", "card": "another"}]))
-    before = glue(*flags)
-    assert "cola: glue.json has all these trials, none is run" in before
+    def run(*flags):
+        return glue("--task", "cola", *ONE, "--data", glue.data, *flags)
 
-    files = {data / f"cola/{split}.jsonl": "" for split in ("train", "validation")}
-    for path in files:
-        files[path] = path.read_text()
-        path.write_text(files[path].replace('"label": 1', '"label": 0', 9))
-        assert "cola seed 0" in glue(*flags)
+    glue.write("cola")
+    run()
+    glue.data = glue.data.rename(tmp_path / "elsewhere")  # a path is not content
+    finished = run()
+    assert "cola: glue.json has all these trials, none is run" in finished
+    assert "cola seed 0" in run("--lr", 1e-3)
+    content = torch.load(glue.out / "ckpt.pt", weights_only=True)
+    content["model"]["embed.weight"] *= 2
+    torch.save(content, tmp_path / "other.pt")
+    changes = {glue.out / "ckpt.pt": (tmp_path / "other.pt").read_bytes()}
+    for split in ("train", "validation"):
+        path = glue.data / f"cola/{split}.jsonl"
+        changes[path] = path.read_bytes().replace(b'"label": 1', b'"label": 0', 4)
+    for path, changed in changes.items():
+        before = path.read_bytes()
+        path.write_bytes(changed)
+        assert "cola seed 0" in run()
+        path.write_bytes(before)
+
+    results = glue.out / "glue.json"
     first, *others = json.loads(results.read_text())
+    assert first["torch"] == torch.__version__ and first["rows"] == 16 and len(others) == 4
     others = [{**result, "scores": {"validation": 99.0}} for result in others]
-    results.write_text(json.dumps([first, *others]))
-    for path, content in files.items():
-        path.write_text(content)
-    assert glue(*flags) == before  # the table has the scores of these data
-    assert "cola seed 0" in glue(*flags, "--lr", 1e-3)
-    content = torch.load(ckpt, weights_only=True)
-    content["model"]["embed.weight"] += 1e-3
-    torch.save(content, ckpt)
-    printed = glue(*flags)
-    assert "cola seed 0" in printed and re.search("^cola .* 1  ", printed, re.M)  # of one trial
-    assert len(json.loads(results.read_text())) == 5
+    results.write_text(json.dumps([{**first, "torch": "2.0"}, *others]))
+    assert run() == finished  # the table has the scores of this checkpoint, settings and data
 
 
+@slow
 def test_a_score_depends_on_nothing_else_in_the_command(glue, tmp_path, monkeypatch):
-    for name in ("stsb", "rte"):
-        write_glue(tmp_path / "glue", name)
+    glue.write("stsb")
+    glue.write("rte")
     scores = []
     for at_once, flags in ((1, ["--task", "stsb", "--seed", 1, "--trials", 1]),
                            (2, ["--task", "rte", "stsb", "--trials", 3])):
         monkeypatch.setattr(finetune_glue, "trials_at_once", lambda *_, n=at_once: n)
         glue(*flags, "--epochs", 2, "--lr", 1e-3, "--dropout", 0, "--out", tmp_path / str(at_once))
-        scores.append(results_in(tmp_path / str(at_once)))
+        scores.append(scores_in(tmp_path / str(at_once)))
     assert scores[0]["stsb", 1] == scores[1]["stsb", 1] != scores[1]["stsb", 0]
 
 
-@slow
-def test_a_task_of_ones_own(glue, tmp_path, monkeypatch):
-    """The README's example, and a byte order mark as Windows writes it."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    [entry] = re.findall(r'^ +("emotion": .*)', readme, re.M)
-    own = eval("{" + entry + "}", vars(finetune_glue))
-    monkeypatch.setattr(finetune_glue, "TASKS", {**own, **finetune_glue.TASKS})
-    for path in (write_glue(tmp_path / "glue", "emotion", train=16) / "emotion").iterdir():
+def test_a_task_of_ones_own(glue, monkeypatch):
+    """As in the script's example, and in files that begin with a byte order mark, as on Windows."""
+    monkeypatch.setitem(finetune_glue.TASKS, "emotion", finetune_glue.Task(
+        ("text",), ("sad", "happy", "angry"), "accuracy"))
+    for path in (glue.write("emotion") / "emotion").iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     printed = glue("--task", "emotion", *ONE)
     assert re.search("^emotion .*accuracy", printed, re.M) and "subset" not in printed
 
 
-def test_dropout_is_the_papers_and_none_for_modernbert(glue, finished, tmp_path):
-    write_glue(tmp_path / "glue", "rte", train=16)
-    for recipe, dropout, more in (("crammed", 0.1, []), ("modern", 0, []),
-                                  ("modern", 0.3, ["--dropout", 0.3])):
-        ckpt = finished(recipe) / "ckpt.pt"
-        glue("--task", "rte", *ONE, "--ckpt", ckpt, "--out", glue.folder, *more)
-        [*_, result] = json.loads((glue.folder / "glue.json").read_text())
-        assert result["settings"]["dropout"] == dropout
+# ------------------------------------------------------------------------------------ 15. Bad input
 
 
-def test_a_trial_that_diverges_says_so(glue, tmp_path):
-    write_glue(tmp_path / "glue", "rte")
-    write_glue(tmp_path / "glue", "stsb")
-    assert glue("--task", "rte", "stsb", *ONE, "--lr", 1e30).count("diverged") == 2
-    scores = results_in(glue.folder)  # of one prediction for all rows
-    assert scores["rte", 0]["validation"] == 50 and scores["stsb", 0]["validation"] == 0
+@pytest.fixture
+def refuse(data, finished, tmp_path, monkeypatch):
+    """refuse(line, words): run a command line in a folder with rows/, out/ckpt.pt, glue/cola/ and
+    short.jsonl. It must stop, say so, and leave nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "rows")
+    Path("out").mkdir()
+    shutil.copy(finished("crammed") / "ckpt.pt", "out")
+    write_glue(Path("glue"), "cola")
+    write_jsonl(Path("short.jsonl"), ["too short"])
+    usual = {
+        "prepare": ("--out", "new", *SMALL_ROWS),
+        "cram": ("--data", "rows", "--out", "new", *flags_of(TINY)),
+        "finetune_glue": ("--data", "glue", "--ckpt", "out/ckpt.pt", "--test")}
+
+    def run(line, words):
+        name, *args = line.split()
+        command(sys.modules[name], *usual[name], *args, refused=words)
+        assert not [*Path("new").glob("*.pt"), *Path("new").glob("unfinished")]
+        assert name != "finetune_glue" or not Path("new/glue.json").exists()
+
+    return run
 
 
-@pytest.mark.parametrize("scratch", [False, True])
-def test_scratch_forgets_the_pretraining(glue, tmp_path, monkeypatch, scratch):
-    write_glue(tmp_path / "glue", "rte", train=16)
-    embeddings, real = [], finetune_glue.Trial.set_weights
-    monkeypatch.setattr(finetune_glue.Trial, "set_weights", lambda self, *args: (
-        real(self, *args), embeddings.append(self.model.bert.embed.weight.detach().clone())))
-    glue("--task", "rte", "--trials", 2, "--epochs", 1, *["--scratch"] * scratch)
-    pretrained = torch.load(glue.folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
-    assert torch.equal(embeddings[0], pretrained) != scratch
-    assert torch.equal(embeddings[0], embeddings[1]) != scratch  # each trial draws its own
-
-
-@pytest.mark.parametrize("task, columns, flags, words", [
-    ("cola", {"label": 2}, (), "train.jsonl, row 1, needs sentence as text, a label from 0 to 1"),
-    ("cola", {"label": 0.5}, (), '"label": 0.5'),
-    ("stsb", {"label": -0.5}, (), "a label from 0 to 5"),
-    ("cola", {"label": "1"}, (), '"label": "1"'),
-    ("mrpc", {"sentence2": 3}, (), "needs sentence1 and sentence2 as text"),
-    ("cola", {"idx": 0}, ("--test",), "test.jsonl, row 2, needs sentence as text, idx counting"),
-    ("cola", {}, ("--batch-size", 100), "training rows: give a smaller --batch-size"),
-    ("cola", {}, ("--dropout", 1), "--dropout from 0 to below 1"),
-    ("rte", None, (), "train.jsonl"),
+@pytest.mark.parametrize("line, words", [
+    ("prepare --source nowhere", "nothing to read there"),
+    ("prepare --source short.jsonl", "too little text"),
+    ("prepare --source short.jsonl --vocab-size 70000", "256 to 65536"),
+    ("cram --hours nan", "--hours must be a positive number"),
+    ("cram --hours 1e-9", "over before the first step"),
+    ("cram --hours 1 --steps 2", "one of --hours, --minutes and --steps"),
+    ("cram --steps 2 --heads 5", "even multiple of its 5 heads"),
+    ("cram --steps 2 --recipe magic", "crammed or modern or electra"),
+    ("cram --fill <mask>", "no checkpoint"),
+    ("cram --out out --steps 2", "continue it with --resume"),
+    ("cram --out out --export new", "only --model modernbert"),
+    ("finetune_glue --task cola --batch-size 100", "give a smaller --batch-size"),
+    ("finetune_glue --task rte", "train.jsonl"),
 ])
-def test_glue_says_what_is_wrong(glue, tmp_path, task, columns, flags, words):
-    if columns is not None:
-        write_glue(tmp_path / "glue", task, **columns)
-    glue("--task", task, *flags, refused=words)
+def test_a_wrong_command_is_refused(refuse, line, words):
+    refuse(line, words)
 
 
-def test_glue_needs_its_columns_its_splits_and_a_place_for_results(glue, tmp_path, monkeypatch):
-    folder, args = write_glue(tmp_path / "glue", "cola") / "cola", ["--task", "cola", *ONE]
-    (folder / "test.jsonl").unlink()
-    glue(*args)  # needed by --test only
-    monkeypatch.setattr(finetune_glue.Trial, "run_step", None)  # all below is said before a step
-    glue(*args, "--test", refused="test.jsonl")
-    glue(*args, "--out", glue.folder / "glue.json", refused="glue.json")  # a file
-    (glue.folder / "glue.json").write_text('{"runs": 3}')
-    (folder / "train.jsonl").write_text(json.dumps({"text": "x", "label": 0}))
-    glue(*args, refused="glue.json is not a results file")
-    (glue.folder / "glue.json").unlink()
-    glue(*args, refused="needs sentence as text")
-    (folder / "train.jsonl").write_text('{"sentence": ')
-    glue(*args, refused="train.jsonl, after 0 rows: Expecting value")
+FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
+
+
+@pytest.mark.parametrize("file, content, line, words", [
+    ("rows/meta.json", "{}", "cram --steps 2", "damaged"),
+    ("rows/tokenizer.json", "{}", "cram --steps 2", "not the one"),
+    ("rows/val.bin", "", "cram --steps 2", "should have"),
+    ("out/ckpt.pt", "", COLA, "not a checkpoint"),
+    ("out/ckpt.pt", "no checkpoint", FILL, "not a checkpoint"),
+    ("out/ckpt.pt", {"model": {}, "settings": {"magic": 1}}, FILL, "version of cram.py"),
+    ("out/ckpt.pt", {"model": os.getcwd, "settings": {}}, FILL, "holds code, which is not run"),
+    ("glue/cola/train.jsonl", '{"sentence": ', COLA, "train.jsonl: not JSON"),
+    ("glue/cola/train.jsonl", '{"sentence": 3}', COLA, "row 1, needs sentence as text"),
+    ("glue/cola/train.jsonl", '{"sentence": "x", "label": 0.5}', COLA, "a label from 0 to 1"),
+    ("glue/cola/test.jsonl", '{"sentence": "x", "idx": 1}', COLA, "idx counting from 0"),
+    ("glue/cola/test.jsonl", "", COLA, "test.jsonl has no rows"),
+    ("out/glue.json", '{"runs": 3}', COLA, "glue.json is not a results file"),
+])
+def test_a_damaged_file_is_refused(refuse, file, content, line, words):
+    if isinstance(content, dict):
+        torch.save(content, file)
+    else:
+        Path(file).write_text(content)
+    refuse(line, words)
+
+
+def test_a_run_is_refused_to_be_resumed_as_something_else(train, data):
+    train(steps=8, stop_after=3)
+    for flags, words in (({"lr": 1e-4}, "--lr 0.0001 (was 0.003)"),
+                         ({"minutes": 1.0}, "begun with --steps")):
+        train(resume=True, refused=words, **flags)
+    other = shutil.copytree(data, train.folder / "other")
+    (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
+    train(resume=True, data=other, refused="other train_sha256")
+    train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
+    train(resume=True)
+    shutil.copy(train.folder / "out/ckpt.pt", train.folder / "out/last.pt")
+    train(resume=True, refused="finished model")
+
+
+# ------------------------------------------------------------------------------------ 16. On a card
+
+
+def on_a_card(test):
+    """Only `pytest -m cuda` runs it."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+    return pytest.mark.cuda(skip(test))
+
+
+@on_a_card
+@pytest.mark.parametrize("recipe, precision", [
+    ("crammed", "fp16"), ("modern", "auto"), ("electra", "auto")])
+def test_on_a_card_a_compiled_run_in_16_bits_is_the_plain_one_and_resumes(
+        train, recipe, precision):
+    """Within rounding of the same steps in float32, not compiled."""
+    torch.compiler.reset()  # it remembers the shapes of the other recipes
+    flags = {**ELECTRA, "recipe": recipe, "device": "cuda", "width": 64, "steps": 20}
+    _, plain = train("plain", "--no-compile", **flags, precision="fp32")
+    train("other", **flags, precision=precision, stop_after=8)
+    dtype = "float16" if precision == "fp16" else "bfloat16"
+    assert f"{dtype}, compiled; 512 rows per forward pass" in train.printed
+    _, other = train("other", resume=True)
+    assert "GiB" in train.printed and len(plain) == len(other)
+    assert plain[-1]["loss"] < 0.8 * plain[0]["loss"]  # far more than the two may differ by
+    for a, b in zip(plain, other):
+        for key in {"loss", "val_loss", "loss_generator", "loss_discriminator"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=0.03)
+
+
+@on_a_card
+def test_on_a_card_the_microbatch_is_fitted_to_its_memory(train):
+    """With 384 MiB allowed, of which weights and moments take 170, and 512 rows several hundred."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(384 * 2**20 / total)
+    try:
+        train(device="cuda", width=512, layers=4, batch=4096, steps=2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "trying half" in train.printed
+    assert 1 <= int(re.search(r"(\d+) rows per forward pass\n", train.printed)[1]) < 512
+
+
+@on_a_card
+def test_on_a_card_replayed_graphs_are_the_steps_one_by_one():
+    eager, *replayed = [trial_of(seed, device="cuda:0") for seed in (0, 0, 1)]
+    eager.use_graphs = False
+    (expected,), (ours, _) = weights_after(eager), weights_after(*replayed)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(ours, expected))
+    moved = replayed[0].model.bert.embed.weight.cpu() - model_of(seq_len=128).float().embed.weight
+    assert moved.abs().max() > 1e-2  # far more than the two may differ by
