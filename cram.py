@@ -620,7 +620,6 @@ class TrainState:
     step: int = 0
     rows: int = 0  # consumed
     position: int = 0  # in the data, of the next step's first row (see row_numbers)
-    s_per_row: float = 0.0  # seconds, in the last step; 0: not known yet
     lr: float = 0.0  # of the last step
     batch: int = 0  # of the last step
     skipped: int = 0  # steps whose loss or gradient was not finite
@@ -684,7 +683,7 @@ def train(s, saved):
                 save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
             return True
         except OSError as error:
-            say(f"{error}; the older last.pt is kept")
+            say(f"{error}; last.pt stays as it was")
             return False
 
     with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
@@ -697,7 +696,7 @@ def train(s, saved):
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     print_header(data, model, device, dtype, use_compile, microbatch)
-    elapsed = all_max(clock.elapsed())[0]  # agreed on, or one process would validate alone
+    elapsed = all_max(clock.elapsed())[0]
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
     rows_left = math.inf  # for the budget to take; with --steps they are known
@@ -707,22 +706,23 @@ def train(s, saved):
     # takes, as the clock decides only later how many it takes
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
-    first_step, last_good_step, saved_at = state.step, state.step - 1, time.monotonic()
+    # The pace is the session's mean: a pause in one step decides nothing. 0: not known yet
+    s_per_row, timed_from = 0.0, (clock.training_s(), state.rows)
+    first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        # 1. The processes agree on the time, the speed, and whether to stop
-        elapsed, s_per_row, stopping = all_max(clock.elapsed(), state.s_per_row, stop.asked)
+        # 1. The processes agree on the time, the pace, and whether to stop
+        elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
         progress = progress_at(elapsed)
         batch, lr = batch_at(progress, s), lr_at(progress, s)
-        too_late = not s.steps and elapsed + batch * s_per_row > budget_s  # if as slow as the last
+        too_late = not s.steps and elapsed + batch * s_per_row > budget_s
         if stopping or progress >= 1 or too_late:
             break
 
         # 3. Rows; those of the next step are read meanwhile
-        began = time.monotonic()
         rows = fetched.result()[:batch]
         if not s.steps and s_per_row:
             rows_left = (budget_s - elapsed) / s_per_row
@@ -745,10 +745,11 @@ def train(s, saved):
             for optimizer in optimizers:
                 scaler.step(optimizer)
             state.add(metrics)
-            last_good_step = state.step
+            skipped_in_a_row = 0
         else:
             state.skipped += 1
-            if state.step - last_good_step == MAX_SKIPPED:
+            skipped_in_a_row += 1
+            if skipped_in_a_row == MAX_SKIPPED:
                 raise diverged(f"the losses or gradients of {MAX_SKIPPED} steps in a row are")
         scaler.update()
         model.zero_grad()
@@ -756,9 +757,11 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
-        if state.step > first_step + 1 or not use_compile:  # the first may compile other sizes
-            state.s_per_row = (time.monotonic() - began) / batch
-        elapsed = all_max(clock.elapsed())[0]
+        if use_compile and state.step == first_step + 1:  # it may have compiled another size
+            timed_from = clock.training_s(), state.rows
+        else:
+            s_per_row = (clock.training_s() - timed_from[0]) / (state.rows - timed_from[1])
+        elapsed = all_max(clock.elapsed())[0]  # agreed on again: all validate, or none
         progress = progress_at(elapsed)
         line_due, validation_due = log.due(progress)
         if line_due:
@@ -780,8 +783,8 @@ def train(s, saved):
     if not state.step:
         raise CramError("the budget was over before the first step")
 
-    # ckpt.pt first: if the disk holds only one more file, it should be the model. last.pt does not
-    # record the last line of the log, so that a resume with a larger budget removes it.
+    # ckpt.pt first: if the disk holds only one more file, it should be the model. `log_bytes` stays
+    # as it was, so that a resume with a larger budget drops this last line.
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")
@@ -816,8 +819,10 @@ class Clock:
     @contextlib.contextmanager
     def part(self, name):
         began = self.elapsed()
-        yield
-        self.parts[name] += self.elapsed() - began
+        try:
+            yield
+        finally:
+            self.parts[name] += self.elapsed() - began
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
@@ -941,7 +946,7 @@ def check_free_disk(out, model):
     """Refuse to start where the checkpoints will not fit. 28 bytes a parameter: 12 for last.pt
     (weights and two moments), of which an old and a new one exist while saving, 4 for ckpt.pt."""
     needed = 28 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in out.glob("*.pt"))
+    there = sum(path.stat().st_size for path in out.glob("*.pt*"))
     free = shutil.disk_usage(out).free
     if RANK == 0 and free + there < needed:
         raise CramError(f"{out} has {free / 1e9:.1f} GB free, and its checkpoints need "
@@ -961,7 +966,7 @@ def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward)
         optimizer.step()
         for moments in optimizer.state.values():
             for tensor in moments.values():
-                tensor.zero_()  # AdamW counts its steps
+                tensor.zero_()  # also AdamW's count of steps, for its bias correction
     model.zero_grad()
 
     while microbatch:
@@ -1077,8 +1082,9 @@ def validate(model, autocast, val_set, rows_at_once):
     take longer than it saves."""
     total = torch.zeros(len(model.metric_names), dtype=torch.float64)
     for micro in zip(*(my_rows(x).split(rows_at_once) for x in val_set)):
-        with autocast:
-            total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
+        if len(micro[0]):  # a share is empty if there are fewer rows than processes
+            with autocast:
+                total += model(*micro).cpu() * (len(micro[0]) / len(val_set[0]))
     all_sum([total])
     mean = dict(zip(model.metric_names, total.tolist()))
     if not isinstance(model, Electra):
@@ -1088,8 +1094,8 @@ def validate(model, autocast, val_set, rows_at_once):
 
 
 def diverged(what):
-    return CramError(f"{what} not finite: the run has diverged. Resume it from its last.pt, if it "
-                     "has one, or start again with a smaller --lr and another --out")
+    return CramError(f"{what} not finite: the run has diverged. Start again with a smaller --lr "
+                     "and another --out")
 
 
 def save_run(path, s, data, state, clock, model, optimizers, scaler):
@@ -1387,12 +1393,12 @@ def main():
         raise CramError(f"there is no {out}/last.pt to resume")
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
     if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
-        raise CramError(f"{out} holds a run: continue it with --resume, or give another --out")
+        raise CramError(f"{out} holds a run: give another --out, or continue it with --resume")
     saved = load_file(out / "last.pt", "state") if resume else {}
     given["out"] = str(out)  # it may have been moved since
     train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
-        dist.barrier()  # rank 0 may still be writing
+        all_max(0)  # rank 0 may still be writing
         dist.destroy_process_group()
 
 

@@ -902,6 +902,16 @@ def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, clock, 
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
+def test_the_clock_is_not_misled_by_a_pause(train, clock):
+    """A step that takes 8 s, as after Ctrl-Z, neither ends a run nor makes it skip much."""
+    def step(n):
+        clock.now += 8 if n == 20 else 0.3
+
+    saved, _ = train(minutes=0.5, ramp=0, in_step=step)
+    assert saved["state"]["step"] >= 73
+    assert saved["state"]["position"] - saved["state"]["rows"] < 100
+
+
 # ----------------------------------------------------- 9. Microbatch and processes change no result
 
 
@@ -1087,7 +1097,7 @@ def test_a_full_disk(train, finished):
         saved, log = train(resume=True, save_minutes=1e-9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert train.printed.count("too large; the older last.pt is kept") == 11
+    assert train.printed.count("too large; last.pt stays as it was") == 11
     assert log[-1]["step"] == 12
     assert_same(saved["model"], before["model"])
     assert cram.load_checkpoint(train.folder / "out/ckpt.pt")
@@ -1457,7 +1467,7 @@ def refuse(data, finished, tmp_path, monkeypatch):
     ("cram --steps 2 --heads 5", "even multiple of its 5 heads"),
     ("cram --steps 2 --recipe magic", "choose from"),
     ("cram --fill <mask>", "no checkpoint"),
-    ("cram --out out --steps 2", "continue it with --resume"),
+    ("cram --out out --steps 2", "or continue it with --resume"),
     ("cram --out out --export new", "only --model modernbert"),
     ("finetune_glue --task cola --batch-size 100", "give a smaller --batch-size"),
     ("finetune_glue --task rte", "train.jsonl"),
