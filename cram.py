@@ -63,7 +63,7 @@ class Settings:
     The defaults are those of --recipe crammed.
     """
 
-    recipe: str = "crammed"  # crammed: the paper's; modern, electra: ours, with the changes below
+    recipe: str = "crammed"  # crammed: the paper's; modern, electra: ours (README.md)
 
     # Budget
     hours: float = 24.0  # wall-clock budget in hours, compilation included
@@ -949,8 +949,8 @@ def check_free_disk(out, model):
     there = sum(path.stat().st_size for path in out.glob("*.pt*"))
     free = shutil.disk_usage(out).free
     if RANK == 0 and free + there < needed:
-        raise CramError(f"{out} has {free / 1e9:.1f} GB free, and its checkpoints need "
-                        f"{(needed - there) / 1e9:.1f} GB: make room, or give another --out")
+        raise CramError(f"{out} has {free / 1e6:,.0f} MB free, and its checkpoints need "
+                        f"{(needed - there) / 1e6:,.0f} MB: make room, or give another --out")
 
 
 def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):

@@ -146,14 +146,15 @@ def read_split(name, split, folder):
         raise CramError(f"{where} has no rows")
     task, n_labels = TASKS[name], len(TASKS[name].labels)
     for i, row in enumerate(rows):
-        label = row.get("label")
+        entry = row if isinstance(row, dict) else {}
+        label = entry.get("label")
         if split in task.test:
-            good, needs = row.get("idx", i) == i, "idx counting from 0 for the GLUE server"
+            good, needs = entry.get("idx", i) == i, "idx counting from 0 for the GLUE server"
         elif task.labels:
             good, needs = label in range(n_labels), f"a label from 0 to {n_labels - 1}"
         else:
             good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
-        if not (good and all(isinstance(row.get(column), str) for column in task.columns)):
+        if not (good and all(isinstance(entry.get(column), str) for column in task.columns)):
             raise CramError(f"{where}, row {i + 1}, needs {' and '.join(task.columns)} as text, "
                             f"{needs}: {json.dumps(row)[:300]}")
     return rows

@@ -950,9 +950,9 @@ def children_of(process):
 
 @slow
 def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
-    """With electra, so also with Muon, whose matrices they share. Asked to stop, within a step,
-    both save; killed, one takes the other with it; one alone can go on, and two after it. (They sum
-    in another order, and Muon makes much of little.)"""
+    """With electra, so also with Muon. Asked to stop, within a step, both save; killed, one takes
+    the other with it; one alone can go on, and two after it. (They sum in another order, and Muon
+    makes much of little.) One of them answers --fill."""
     flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
     out, resume = train.folder / "two", ["--resume"]
     for number, code, words, args in (
@@ -965,6 +965,7 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
         assert two.returncode == code and words in printed and not (out / "ckpt.pt").exists()
         train("two", resume=True, stop_after=1)
     assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
+    assert script(*TORCHRUN, "--out", out, "--fill", "a <mask>").count("<mask>: ") == 1
 
     (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
     for name, p in a["model"].items():
@@ -1080,13 +1081,21 @@ def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
+def test_a_name_that_the_terminal_cannot_show_ends_no_run(data, tmp_path):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for args in (flags_of({**TINY, "data": data, "steps": 2, "layers": 1, "model": "modernbert"}),
+                 ["--export", tmp_path / "ü"]):
+        printed = script("cram.py", "--out", tmp_path / "é", *args, env=ascii_only)
+        assert "\\xe9" in printed or "\\xfc" in printed
+
+
 def test_a_full_disk(train, finished):
     """Too little room is said at the start. In mid-run training continues, and the older last.pt
     stays whole. A disk that holds one more file gets the model: here no file may be larger."""
     import resource
 
     with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=1000)):
-        train("other", steps=2, refused="has 0.0 GB free")
+        train("other", steps=2, refused="has 0 MB free")
     last, model = (finished("crammed") / name for name in ("last.pt", "ckpt.pt"))
     assert model.stat().st_mtime_ns < last.stat().st_mtime_ns  # it is written first
 
@@ -1488,6 +1497,7 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     ("out/ckpt.pt", {"model": {}, "settings": {"magic": 1}}, FILL, "version of cram.py"),
     ("out/ckpt.pt", {"model": os.getcwd, "settings": {}}, FILL, "holds code, which is not run"),
     ("glue/cola/train.jsonl", '{"sentence": ', COLA, "train.jsonl, after 0 rows"),
+    ("glue/cola/train.jsonl", "[3]", COLA, "row 1, needs sentence as text"),
     ("glue/cola/train.jsonl", '{"sentence": 3}', COLA, "row 1, needs sentence as text"),
     ("glue/cola/train.jsonl", '{"sentence": "x", "label": 0.5}', COLA, "a label from 0 to 1"),
     ("glue/cola/test.jsonl", '{"sentence": "x", "idx": 1}', COLA, "idx counting from 0"),
@@ -1509,6 +1519,7 @@ def test_a_run_is_refused_to_be_resumed_as_something_else(train, data):
     (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
     train(resume=True, data=other, refused="other train_sha256")
     train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
+    train(resume=True, data=train.folder / "moved", refused="name its folder with --data")
     train(resume=True)
     shutil.copy(train.folder / "out/ckpt.pt", train.folder / "out/last.pt")
     train(resume=True, refused="finished model")
