@@ -640,6 +640,7 @@ class TrainState:
 def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {} for a new run."""
     clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
+    saved.get("state", {}).pop("s_per_row", None)  # an earlier version kept it
     state = TrainState(**saved.get("state", {}))
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
