@@ -1081,6 +1081,7 @@ def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
+@slow
 def test_a_name_that_the_terminal_cannot_show_ends_no_run(data, tmp_path):
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for args in (flags_of({**TINY, "data": data, "steps": 2, "layers": 1, "model": "modernbert"}),
