@@ -572,10 +572,10 @@ def row_numbers(position, count, n_rows, s):
     sentences first); later passes, and all with --order random, are random permutations.
     """
     passes, numbers = np.divmod(np.arange(position, position + count), n_rows)
-    first_random = 1 if s.order == "file" else 0
-    for n in range(max(first_random, passes[0]), passes[-1] + 1):
+    file_passes = 1 if s.order == "file" else 0
+    for n in range(max(file_passes, passes[0]), passes[-1] + 1):
         here = passes == n
-        numbers[here] = permutation(n_rows, s.seed, n - first_random)[numbers[here]]
+        numbers[here] = permutation(n_rows, s.seed, n - file_passes)[numbers[here]]
     return numbers
 
 
@@ -585,12 +585,12 @@ def permutation(n_rows, seed, number):
 
 
 def next_position(position, batch, rows_left, n_rows, s):
-    """Where the batch after the one at `position` begins; rows_left is how many the budget still
-    takes, this batch included.
+    """Where the batch after the one at `position` begins. The budget still takes rows_left rows,
+    this batch included.
 
-    If that is less than the rest of the file, the first pass skips evenly ahead, so that a short
-    budget sees the whole curriculum. Not quite evenly: the last fifth gets up to a tenth less than
-    its share, as whole batches end before the file, and with --hours the pace is known roughly.
+    If that is less than the rest of the file, the first pass leaves a gap after every batch, so
+    that a short budget sees the whole curriculum. The last fifth gets up to a tenth less than its
+    share: whole batches end before the file, and with --hours the pace is known roughly.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -610,7 +610,7 @@ def validation_set(data, device):
 
 # ------------------------------------------------------------------------------------- 5. Training
 
-MAX_SKIPPED = 30  # steps in a row; fp16 may skip some 16 at first while its loss scale comes down
+MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first: update() halves its loss scale
 
 
 @dataclass
@@ -618,8 +618,8 @@ class TrainState:
     """Where a run stands, beside its weights, optimizers and clock."""
 
     step: int = 0
-    rows: int = 0  # consumed
-    position: int = 0  # in the data, of the next step's first row (see row_numbers)
+    rows: int = 0  # trained on
+    position: int = 0  # of the next row: rows plus those that next_position skipped
     lr: float = 0.0  # of the last step
     batch: int = 0  # of the last step
     skipped: int = 0  # steps whose loss or gradient was not finite
@@ -628,7 +628,7 @@ class TrainState:
     metric_steps: int = 0  # ... over so many steps; 0: the next step begins new means
 
     def add(self, metrics):
-        """Take the metrics of a step into their means."""
+        """Update the means. With one step they are it."""
         self.metric_steps += 1
         self.metrics = [mean + (x - mean) / self.metric_steps
                         for mean, x in zip(self.metrics or metrics, metrics)]
@@ -661,8 +661,8 @@ def train(s, saved):
         mask_generator = torch.Generator(device)
 
     def forward_backward(rows, microbatch):
-        """Forward and backward of this process's share of rows (B, T). Leaves its part of the
-        gradient in the parameters, and returns its part of the mean metrics over all B rows."""
+        """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
+        metrics (returned) are its terms of the means over all B rows; all_sum adds them up."""
         mask_generator.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
         inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
@@ -687,7 +687,7 @@ def train(s, saved):
             say(f"{error}; last.pt stays as it was")
             return False
 
-    with clock.part("compile"):  # before `restore`, as the search sets the moments to zero
+    with clock.part("compile"):  # before `restore`: find_microbatch zeroes the moments
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
             microbatch = find_microbatch(
@@ -700,7 +700,7 @@ def train(s, saved):
     elapsed = all_max(clock.elapsed())[0]
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
-    rows_left = math.inf  # for the budget to take; with --steps they are known
+    rows_left = math.inf  # that the budget still takes; inf: not known yet
     if s.steps:
         rows_left = sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
     # A thread reads the next rows while the card computes: s.batch rows, the most that a step
@@ -758,11 +758,11 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
-        if use_compile and state.step == first_step + 1:  # it may have compiled another size
+        if use_compile and state.step == first_step + 1:  # which may include compiling
             timed_from = clock.training_s(), state.rows
         else:
             s_per_row = (clock.training_s() - timed_from[0]) / (state.rows - timed_from[1])
-        elapsed = all_max(clock.elapsed())[0]  # agreed on again: all validate, or none
+        elapsed = all_max(clock.elapsed())[0]  # again: all must validate, or none
         progress = progress_at(elapsed)
         line_due, validation_due = log.due(progress)
         if line_due:
@@ -784,8 +784,8 @@ def train(s, saved):
     if not state.step:
         raise CramError("the budget was over before the first step")
 
-    # ckpt.pt first: if the disk holds only one more file, it should be the model. `log_bytes` stays
-    # as it was, so that a resume with a larger budget drops this last line.
+    # ckpt.pt first: if the disk holds only one more file, it should be the model. A resume with a
+    # larger budget cuts this last line off again, as `log_bytes` does not count it.
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise diverged("the validation loss is")

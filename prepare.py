@@ -71,8 +71,8 @@ REASONS_SHOWN = 20  # skipped documents that are named; the others are only coun
 # ------------------------------------------------------------------------------- 2. Tokenizer
 
 # Text becomes lower-case ASCII without accents, with single spaces (paper section 4.4). The paper
-# drops every character outside ASCII. We deviate: these tables (Oniguruma patterns) replace what
-# they can by what GLUE writes, the rest (other scripts, emoji, controls) by a space. None may glue
+# drops every character outside ASCII. We deviate: these tables (Oniguruma patterns) spell what
+# they can as GLUE does, and make the rest (other scripts, emoji, controls) a space. None may glue
 # words together or change a number.
 
 BEFORE_DECOMPOSING = [  # NFKD would lose or change these
@@ -81,7 +81,7 @@ BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
-    # Insertions. Look-behinds keep them off the first character, where the library panics
+    # Empty matches: they insert. Look-behinds exclude the start, where the library panics
     (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
     (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
     (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
@@ -114,10 +114,10 @@ def normalize(text):
 def train_tokenizer(texts, vocab_size):
     """WordPiece from an iterator of strings; the same text gives the same file everywhere.
 
-    The library numbers "##" letters in hash order, which differs between processes and decides
-    between equally frequent merges. It keeps the order of special tokens only, so the alphabet (all
-    characters that NORMALIZER leaves) is passed as special tokens. Then ids are renumbered:
-    SPECIAL_TOKENS first, the others sorted.
+    The library numbers the letters it starts from in hash order, which differs between processes,
+    and lets the number decide between equally frequent merges. Only special tokens keep their
+    order, so in training the alphabet (all that NORMALIZER leaves) is passed as special tokens. The
+    final tokenizer knows only SPECIAL_TOKENS as special: ids 0..4, the others sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
@@ -301,8 +301,8 @@ def pieces(text):
 
 
 def tokenizer_texts(files, limit):
-    """About `limit` characters to train the tokenizer on: the beginning of each local file, in
-    proportion to its size, or the beginning of the hub's data or python-docs."""
+    """About `limit` characters to train the tokenizer on: the beginning of the source, or of each
+    local file by its size. A file that falls short leaves its share to the next."""
     parts, used, due = [(files, limit)], 0, 0
     if os.path.exists(files[0]):
         sizes = [*map(os.path.getsize, files)]
@@ -365,8 +365,8 @@ def chunks(files, start):
 
 
 def tokenize_chunks(files, start, tokenizer_json):
-    """Yields (reasons, cursor, future of `tokenize`) per chunk, in order. All cores work a few
-    chunks ahead."""
+    """Yields (reasons, cursor, future of `tokenize`) per chunk, in order, a few chunks ahead.
+    pool.map would read ahead without end."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
@@ -419,7 +419,7 @@ class Packer:
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
         self.hashes = open_at(work / "document.hashes", 8 * self.counts["documents_kept"])
-        # A hash overwrites whatever is in its slot. This bounds memory, but a copy is missed if
+        # No set, which would grow: a hash overwrites whatever is in its slot. A copy is missed if
         # another hash took the slot in between: 3 % of copies that are a million documents apart
         self.slots = np.zeros(DUPLICATE_SLOTS, np.uint64)
         hashes = np.fromfile(self.hashes.name, np.uint64)
@@ -433,7 +433,7 @@ class Packer:
         self.saved_at = time.monotonic()
 
     def add_document(self, ids, characters, digest):
-        """Write a document unless it is filtered out. Returns the count that it belongs to."""
+        """Write a document unless it is filtered out. Returns the key of its count."""
         counts, slot = self.counts, digest % DUPLICATE_SLOTS
         if not characters:
             return "empty"
@@ -444,14 +444,14 @@ class Packer:
         self.slots[slot] = digest
         self.hashes.write(digest.to_bytes(8, "little"))
 
-        if counts["val_tokens"] < self.seq_len:  # the first row, so that any corpus has one
+        if counts["val_tokens"] < self.seq_len:  # val.bin gets a row, however small the text
             n_val = self.seq_len - counts["val_tokens"]
         elif digest % VAL_EVERY:  # by hash, so that undetected copies go to the same side
             n_val = 0
         elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
             n_val = len(ids)
         else:
-            return "documents_kept"  # written nowhere: val.bin is full and may hold a copy of it
+            return "documents_kept"  # in neither file: a copy of it may be in val.bin, now full
         self.val.write(ids[:n_val].tobytes())
         self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
@@ -498,11 +498,11 @@ def pack(files, tokenizer_json, work, seq_len, target):
 def row_blocks(path, seq_len):
     with open(path, "rb") as f:
         while len(rows := np.fromfile(f, (np.uint16, seq_len), BUCKET_TOKENS // seq_len)):
-            yield rows  # without an incomplete last one
+            yield rows  # (n, seq_len), only whole rows
 
 
 def row_key(rows, dot):
-    """An integer from 0 to seq_len per row; rows with the largest come first."""
+    """The number of "." in each row. Rows with the most come first."""
     return (rows == dot).sum(1)
 
 
@@ -530,9 +530,9 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
         keys = row_key(rows, dot)
         for key in np.unique(keys):
             same, n = rows[keys == key], n_buckets[key]
-            for k in range(n):  # row r with this key goes to bucket r % n
-                with open(folder / f"{key}.{k}", "ab") as bucket:
-                    bucket.write(same[(k - dealt[key]) % n :: n].tobytes())
+            for i in range(n):  # row r with this key goes to bucket r % n
+                with open(folder / f"{key}.{(dealt[key] + i) % n}", "ab") as bucket:
+                    bucket.write(same[i::n].tobytes())
             dealt[key] += len(same)
 
     paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
@@ -562,12 +562,10 @@ def lock_folder(work):
     try:
         import fcntl
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"another prepare.py is writing to {work.parent}: wait for it, or give "
                          "another --out") from None
-    except OSError as error:  # a file system without locks
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
         print(f"cannot lock {work.parent} ({error}): do not start a second prepare.py on it")
     return f
 
