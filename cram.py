@@ -82,7 +82,7 @@ class Settings:
     # Objective
     objective: str = "mlm"  # mlm: masked language modelling; rtd: replaced-token detection
     generator_layers: int = 6  # rtd: blocks of the generator, which proposes the replacements
-    generator_width: int = 256  # rtd: its channels, in heads of 64 or, below 128, in one
+    generator_width: int = 256  # rtd: its channels, in heads of 64; below 128 in a single one
     rtd_weight: float = 50.0  # rtd: weight of the discriminator's loss (ELECTRA)
 
     # Optimization: paper section 4.3
@@ -107,9 +107,9 @@ class Settings:
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
     # Machine: changes speed and rounding. (Two models of card draw other numbers from one seed.)
-    microbatch: int = 0  # rows per forward pass, on CUDA halved until it fits; 0: 512, elsewhere 32
+    microbatch: int = 0  # rows per forward pass; 0: 512 on CUDA, halved until it fits, 32 elsewhere
     device: str = "auto"  # auto, cuda, mps or cpu
-    precision: str = "auto"  # auto, bf16, fp16, fp32; auto: on CUDA bf16 or, without it, fp16
+    precision: str = "auto"  # bf16, fp16, fp32; auto: on CUDA bf16 or, if slow, fp16; else fp32
     compile: bool | None = None  # torch.compile; None: on for CUDA cards from Volta on
     save_minutes: float = 5.0  # between saves of last.pt
 
@@ -157,7 +157,7 @@ class CrammedBERT(nn.Module):
     maps them to C, and the head maps back.
     """
 
-    metric_names = ("loss",)  # of what forward returns; the first is minimised
+    metric_names = ("loss",)  # names of the numbers forward returns; the first is minimised
 
     def __init__(self, s, vocab_size, seq_len, embed=None):
         super().__init__()
@@ -304,7 +304,7 @@ class Attention(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """GeGLU: up(x) · GELU(gate(x)). As one matrix, the gradients of both would be concatenated."""
+    """GeGLU: up(x) · GELU(gate(x)). One matrix for both would cost a copy of its gradient."""
 
     def __init__(self, width):
         super().__init__()
@@ -348,8 +348,8 @@ class Electra(nn.Module):
     correct guess counts as original. Both read one embedding, which gets the gradients of both.
 
     Where the generator guessed, the discriminator also learns which token was there, whether it was
-    replaced or not (COCO-LM, Meng et al. 2021, arXiv 2102.08473). With this, sentences classify
-    better; `decode` still refuses, as a model that has seen no <mask> fills in none.
+    replaced or not (COCO-LM, Meng et al. 2021, arXiv 2102.08473). With this it fine-tunes better;
+    `decode` still refuses, as a model that has seen no <mask> fills in none.
     """
 
     metric_names = ("loss", "loss_generator", "loss_discriminator", "loss_correction",
@@ -404,7 +404,7 @@ def sample_tokens(logits, uniform):
     [0, 1): where uniform falls in the cumulative distribution.
 
     In float32: sums in bf16 are far too coarse. The last sum may fall short of 1; without the
-    scaling by it and the clamp, id V comes up some 6 times in a million.
+    scaling by it and the clamp, V, which is no id, comes up some 6 times in a million.
     """
     cdf = logits.float().softmax(-1).cumsum(-1)
     at = uniform.float()[..., None] * cdf[..., -1:]
@@ -444,7 +444,7 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
 
 
 def mask_seed(seed, step):
-    """Seed of a step's masks. Hashed, as the CPU's generator reads only the lowest 32 bits."""
+    """Seed of a step's masks, 63 bits. Hashed, as the CPU's generator reads only the lowest 32."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -486,7 +486,7 @@ class Muon(torch.optim.Optimizer):
     The same update as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which scales it to the
     size of AdamW's so that both share a learning rate ("Muon is Scalable for LLM Training", 2.2).
     torch's takes one matrix at a time, which leaves a large card idle; this one takes all of a
-    shape at once. Every process does all of the work: to send the shares around takes as long.
+    shape at once. Every process does all of the work: exchanging shares of it takes as long.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
@@ -588,8 +588,8 @@ def next_position(position, batch, rows_left, n_rows, s):
     this batch included.
 
     If that is less than the rest of the file, the first pass leaves a gap after every batch, so
-    that a short budget sees the whole curriculum. The last fifth gets up to a tenth less than its
-    share: whole batches end before the file, and with --hours the pace is known roughly.
+    that a short budget sees the whole curriculum. The last fifth of the file is read up to a tenth
+    less than the others: the last whole batch ends before the file, and the pace is an estimate.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -609,7 +609,7 @@ def validation_set(data, device):
 
 # ------------------------------------------------------------------------------------- 5. Training
 
-MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first: update() halves its loss scale
+MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first, until its loss scale is found
 
 
 @dataclass
@@ -624,10 +624,10 @@ class TrainState:
     skipped: int = 0  # steps whose loss or gradient was not finite
     log_bytes: int = 0  # length of log.jsonl
     metrics: list = field(default_factory=list)  # means since the last line of the log ...
-    metric_steps: int = 0  # ... over so many steps; 0: the next step begins new means
+    metric_steps: int = 0  # ... over so many steps; 0: the next step replaces them
 
     def add(self, metrics):
-        """Update the means. With one step they are it."""
+        """Update the means by those of one more step."""
         self.metric_steps += 1
         self.metrics = [mean + (x - mean) / self.metric_steps
                         for mean, x in zip(self.metrics or metrics, metrics)]
@@ -661,7 +661,7 @@ def train(s, saved):
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
-        metrics (returned) are its terms of the means over all B rows; all_sum adds them up."""
+        metrics (returned) are so weighted that all_sum makes them the means over all B rows."""
         mask_generator.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
         inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
@@ -686,11 +686,14 @@ def train(s, saved):
             say(f"{error}; last.pt stays as it was")
             return False
 
-    with clock.part("compile"):  # before `restore`: find_microbatch zeroes the moments
+    with clock.part("compile"):
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
-            microbatch = find_microbatch(
-                microbatch, s, data.seq_len, model, optimizers, forward_backward)
+            microbatch = find_microbatch(microbatch, s, data.seq_len, model, forward_backward)
+            # The last microbatch of a step may be smaller, which compiles once more
+            first_batch = batch_at(progress_at(clock.elapsed()), s)
+            forward_backward(torch.zeros(first_batch, data.seq_len, dtype=torch.int32), microbatch)
+            model.zero_grad()
     if saved:
         restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
@@ -706,13 +709,13 @@ def train(s, saved):
     # takes, as the clock decides only later how many it takes
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
-    # The pace is the session's mean: a pause in one step decides nothing. 0: not known yet
-    s_per_row, timed_from = 0.0, (clock.training_s(), state.rows)
-    first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
+    skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        # 1. The processes agree on the time, the pace, and whether to stop
+        # 1. The processes agree on the time, the pace (0: not known yet; the mean of the whole run,
+        # so that a pause in one step decides nothing), and whether to stop
+        s_per_row = clock.training_s() / state.rows if state.rows else 0.0
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
@@ -757,10 +760,6 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
-        if use_compile and state.step == first_step + 1:  # which may include compiling
-            timed_from = clock.training_s(), state.rows
-        else:
-            s_per_row = (clock.training_s() - timed_from[0]) / (state.rows - timed_from[1])
         elapsed = all_max(clock.elapsed())[0]  # again: all must validate, or none
         progress = progress_at(elapsed)
         line_due, validation_due = log.due(progress)
@@ -953,22 +952,13 @@ def check_free_disk(out, model):
                         f"{(needed - there) / 1e6:,.0f} MB: make room, or give another --out")
 
 
-def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
+def find_microbatch(microbatch, s, seq_len, model, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
-    Tries two microbatches of zeros, which also compiles the code. The optimizers' moments must lie
-    in memory by then, as for the rest of the run: a step with gradients and a learning rate of zero
-    makes them and moves no weight.
+    Tries two microbatches of zeros, which also compiles the code, beside as much memory as the
+    optimizers' two moments of each weight will take.
     """
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
-        for moments in optimizer.state.values():
-            for tensor in moments.values():
-                tensor.zero_()  # also AdamW's count of steps, for its bias correction
-    model.zero_grad()
-
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
     while microbatch:
         out_of_memory = False
         rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
@@ -982,7 +972,7 @@ def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward)
         say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
             "no result")
         microbatch //= 2
-        torch.compiler.reset()  # or the second size is compiled for any size, which is slower
+        torch.compiler.reset()  # or torch compiles the next size for any size, which is slower
         torch.cuda.empty_cache()
     raise CramError("a single row per forward pass does not fit in the card's memory")
 
@@ -1004,7 +994,7 @@ class Log:
     first; validation every 5 %. Rank 0 writes the lines to the screen and to log.jsonl."""
 
     def __init__(self, s, data, model, state, clock, progress, peak_flops):
-        self.interval = min(0.02, 100 / s.steps if s.steps else 1 / (60 * s.hours))
+        self.lines = max(50, s.steps / 100 if s.steps else 60 * s.hours)
         self.state, self.clock, self.progress = state, clock, progress
         self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
@@ -1015,9 +1005,12 @@ class Log:
 
     def due(self, progress):
         """Whether a line is due, and whether with a validation."""
-        before, self.progress = self.progress, progress
-        validation = int(20 * progress) > int(20 * before)
-        line = validation or int(progress / self.interval) > int(before / self.interval)
+        def crossed(parts):  # + 1e-9: 0.29 * 100 is 28.999...
+            return int(progress * parts + 1e-9) > int(self.progress * parts + 1e-9)
+
+        validation = crossed(20)
+        line = validation or crossed(self.lines)
+        self.progress = progress
         return line and progress < 1, validation  # the last line of a run comes after the loop
 
     def write(self, elapsed, progress, val_metrics):
@@ -1042,8 +1035,8 @@ class Log:
 
 
 def log_row(e):
-    """A line of the log for the screen. With --steps the time left is a guess: steps may grow. Of
-    `Electra` loss and val are the generator's."""
+    """A line of the log for the screen. With --steps the time left is a guess, as later steps may
+    have more rows. Of `Electra` loss and val are the generator's."""
     times = []
     for seconds in (e["elapsed_s"], e["elapsed_s"] * max(0, 1 / e["progress"] - 1)):
         minutes, seconds = divmod(round(seconds), 60)
@@ -1072,8 +1065,9 @@ class Stop:
         self.asked = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
-            os.write(1, b"\nstopping after this step; once more to leave at once\n")
+        if RANK == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone; print may be under way
+                os.write(1, b"\nstopping after this step; a second Ctrl-C leaves at once\n")
 
 
 @torch.no_grad()
