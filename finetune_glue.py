@@ -119,8 +119,8 @@ class Split(NamedTuple):
 
 
 def read_split(name, split, folder):
-    """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or else nyu-mll/glue on the hub.
-    Raises CramError or OSError if they cannot be read or a row does not fit the task."""
+    """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or, without a folder, from
+    nyu-mll/glue on the hub. Raises CramError or OSError if they cannot be read or used."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -135,7 +135,7 @@ def read_split(name, split, folder):
         if not where.exists():
             where, open_file = where.with_suffix(""), open
         try:
-            with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
+            with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig skips a byte order mark
                 for line in f:
                     if line.strip():
                         rows.append(json.loads(line))
@@ -144,14 +144,14 @@ def read_split(name, split, folder):
 
     if not rows:
         raise CramError(f"{where} has no rows")
-    task, n_labels = TASKS[name], len(TASKS[name].labels)
+    task, classes = TASKS[name], len(TASKS[name].labels)
     for i, row in enumerate(rows):
         entry = row if isinstance(row, dict) else {}
         label = entry.get("label")
         if split in task.test:
             good, needs = entry.get("idx", i) == i, "idx counting from 0 for the GLUE server"
-        elif task.labels:
-            good, needs = label in range(n_labels), f"a label from 0 to {n_labels - 1}"
+        elif classes:
+            good, needs = label in range(classes), f"a label from 0 to {classes - 1}"
         else:
             good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
         if not (good and all(isinstance(entry.get(column), str) for column in task.columns)):
@@ -166,10 +166,8 @@ def load_task(name, args, tokenizer, device):
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows = read_split(name, split, args.data)
         texts = [[row[column] for row in rows] for column in task.columns]
-        if split in task.test:
-            labels = [0] * len(rows)
-        else:
-            labels = [row["label"] for row in rows]
+        labels = [0 if split in task.test else row["label"] for row in rows]
+        if split not in task.test:
             hashed += [texts, labels]
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
@@ -187,7 +185,7 @@ def load_task(name, args, tokenizer, device):
         raise CramError(f"{name} has {rows} training rows: give a smaller --batch-size")
     if task.train_rows not in (None, rows):
         print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
-    return splits, sha256(json.dumps(hashed).encode())
+    return splits, hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
 def build_example(parts, max_length):
@@ -205,10 +203,6 @@ def epoch_batches(split, seed, args):
     rows = [rng.permutation(N)[: N // B * B] for _ in range(args.epochs)]
     rows = np.concatenate(rows).reshape(-1, B)
     return rows, split.lengths[rows].max(1)
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 # -------------------------------------------------------------------------------- 4. Classifier
@@ -404,8 +398,8 @@ def run_trials(trials, bar):
 
 
 def update_results(path, key=None, scores=None):
-    """Read glue.json, add or replace a trial's scores if given, write it and return all results.
-    It is read anew each time, as another command may have written to it."""
+    """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
+    anew each time, as another command may have written to it."""
     results = json.loads(path.read_text()) if path.exists() else []
     if not isinstance(results, list):
         raise CramError(f"{path} is not a results file of this version: move it away")
@@ -432,20 +426,22 @@ def write_test_files(folder, trial, splits):
         (folder / f"{file}.tsv").write_text("index\tprediction\n" + rows, newline="\n")
 
 
-def print_table(results, digests):
-    """Median and spread of each task's trials, beside the paper's scores. All results share their
-    checkpoint and settings. Those on other data than digests[task], or than the task's last, are
-    left out."""
+def print_table(results, hashes):
+    """Median and spread of each task's trials, beside the paper's scores. All results have the same
+    checkpoint and settings; of a task's data only hashes[task] counts, or else the last."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
+    hashes = {**{result["task"]: result["data"] for result in results}, **hashes}
     medians, note = {}, ""
-    digests = {**{result["task"]: result["data"] for result in results}, **digests}
     for name, task in TASKS.items():
-        trials = [r for r in results if r["task"] == name and r["data"] == digests[name]]
-        for split in task.validation if trials else ():
+        trials = [r for r in results if r["task"] == name and r["data"] == hashes[name]]
+        if not trials:
+            continue
+        subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
+        note = note or subset
+        for split in task.validation:
             row = name + split.removeprefix("validation").replace("_", "-")
-            scores = [result["scores"][split] for result in trials]
-            subset = "  subset" * (task.train_rows not in (None, trials[0]["rows"]))
-            medians[row], note = np.median(scores), note or subset
+            scores = [trial["scores"][split] for trial in trials]
+            medians[row] = np.median(scores)
             print(f"{row:16} {task.metric:8} {medians[row]:6.1f} {min(scores):7.1f} "
                   f"{max(scores):7.1f} {len(scores):6} {PAPER.get(row, ''):6}{subset}")
     if PAPER.keys() <= medians.keys():
@@ -487,14 +483,14 @@ def parse_arguments():
 
 
 def plan_trials(data, args, common, results, at_once):
-    """[(task, its splits, keys of trials to run side by side)] for all trials that have no result
-    yet, and with --test for the first in any case."""
+    """[(task, its splits, keys of trials to run side by side)] for all trials without a result."""
     groups = []
-    for name, (splits, digest) in data.items():
-        keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
+    for name, (splits, data_hash) in data.items():
+        keys = [{"task": name, "seed": args.seed + i, **common, "data": data_hash,
                  "rows": len(splits["train"].ids)} for i in range(args.trials)]
-        todo = [key for key in keys if (args.test and key is keys[0])
-                or not any(key.items() <= result.items() for result in results)]
+        todo = [key for key in keys if not any(key.items() <= result.items() for result in results)]
+        if args.test and keys[0] not in todo:
+            todo.insert(0, keys[0])  # its weights were not kept
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
         groups += [(name, splits, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
@@ -512,19 +508,20 @@ def main():
         args.dropout = 0.0 if bert.modernbert else 0.1
     args.max_length = min(MAX_LENGTH, bert.seq_len)
     settings = ("epochs", "batch_size", "lr", "dropout", "scratch", "max_length")
-    common = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
+    common = {"checkpoint": hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest(),
               "settings": {name: getattr(args, name) for name in settings}}
 
     # All errors in files are found before the first step
     path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = update_results(path)  # also shows that it can be written
-    names = [*args.task, *(EIGHT if "all" in args.task else ())]
+    names = args.task + (EIGHT if "all" in args.task else [])
     data = {name: load_task(name, args, tokenizer, device) for name in TASKS if name in names}
     groups = plan_trials(data, args, common, results,
                          trials_at_once(bert, device, dtype, args.batch_size))
     # A folder for each checkpoint, settings and seed: the server never gets a mixture
-    test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
+    run_hash = hashlib.sha256(json.dumps([common, args.seed]).encode()).hexdigest()
+    test_folder = path.parent / f"glue_test_{run_hash[:8]}"
 
     work = sum((epoch_batches(splits["train"], key["seed"], args)[1] + OVERHEAD).sum()
                for _, splits, keys in groups for key in keys)
@@ -550,7 +547,7 @@ def main():
         torch.cuda.empty_cache()
     bar.close()
     print_table([result for result in update_results(path) if common.items() <= result.items()],
-                {name: digest for name, (_, digest) in data.items()})
+                {name: data_hash for name, (_, data_hash) in data.items()})
     print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 
