@@ -5,15 +5,11 @@
     python finetune_glue.py --task all --test         # also the files that the GLUE server takes
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
-The settings are those of "Cramming" (arXiv 2212.14034; GLUE_sane in its code): the same
-hyper-parameters for all tasks, five epochs, scored after the last, the median of five trials. Every
-task starts from the checkpoint, none from a model tuned on MNLI. For dropout see --dropout.
+The settings are those of "Cramming" (arXiv 2212.14034; GLUE_sane in its code), the same for all
+tasks: five epochs, scored after the last, the median of five trials. Every task starts from the
+checkpoint, none from a model tuned on MNLI. Dropout can differ from the paper's, see --dropout.
 
-A step on 16 short rows runs about a thousand small kernels, and launching them takes longer than
-running them. On CUDA the whole step is therefore recorded once, as a CUDA graph, and replayed. One
-step does not fill the card, so the trials of a task run side by side.
-
-A score depends only on checkpoint, task, seed, settings and data. A trial whose score is already in
+A score depends only on checkpoint, task, seed, settings and data. A trial whose score is in
 glue.json is not run again. After changing this script, move glue.json away: it records no code.
 """
 
@@ -67,15 +63,14 @@ TASKS = {
     "cola": Task(("sentence",), BINARY, "matthews", 8_551, {"test": "CoLA"}),
 }
 EIGHT = [name for name, task in TASKS.items() if task.train_rows]  # --task all
-PLACEHOLDERS = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these files
 
 # Crammed v2 on the validation sets, two for MNLI: the best of five runs of 24 h on an A6000
 PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87.4, "rte": 58.5,
          "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
 
 MAX_LENGTH = 128  # tokens of an example
-BUCKET = 32  # batches are padded to multiples of it: 32, 64, 96, 128. Four lengths and two kinds
-#              of block are eight compiled versions, the limit of torch.compile (recompile_limit)
+BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens. With two kinds of block these are
+#              eight compiled versions, the limit of torch.compile (recompile_limit)
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -88,9 +83,9 @@ def accuracy(predicted, labels):
 
 def f1(predicted, labels):
     """Harmonic mean of precision and recall of class 1."""
-    hits = ((predicted == 1) & (labels == 1)).sum()
-    named = (predicted == 1).sum() + (labels == 1).sum()
-    return float(2 * hits / named) if named else 0.0
+    both = ((predicted == 1) & (labels == 1)).sum()
+    total = (predicted == 1).sum() + (labels == 1).sum()
+    return float(2 * both / total) if total else 0.0
 
 
 def matthews(predicted, labels):
@@ -119,8 +114,8 @@ class Split(NamedTuple):
 
 
 def read_split(name, split, folder):
-    """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or else nyu-mll/glue on the hub.
-    Raises CramError or OSError if they cannot be read or a row does not fit the task."""
+    """The rows of a split, from <folder>/<task>/<split>.jsonl[.xz] or, without a folder, from
+    nyu-mll/glue on the hub. Raises CramError or OSError if they cannot be read or used."""
     if folder is None:
         import datasets  # only here: local data needs neither it nor a network
 
@@ -135,7 +130,7 @@ def read_split(name, split, folder):
         if not where.exists():
             where, open_file = where.with_suffix(""), open
         try:
-            with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig: skip a byte order mark
+            with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig skips a byte order mark
                 for line in f:
                     if line.strip():
                         rows.append(json.loads(line))
@@ -144,14 +139,14 @@ def read_split(name, split, folder):
 
     if not rows:
         raise CramError(f"{where} has no rows")
-    task, n_labels = TASKS[name], len(TASKS[name].labels)
+    task, classes = TASKS[name], len(TASKS[name].labels)
     for i, row in enumerate(rows):
         entry = row if isinstance(row, dict) else {}
         label = entry.get("label")
         if split in task.test:
             good, needs = entry.get("idx", i) == i, "idx counting from 0 for the GLUE server"
-        elif task.labels:
-            good, needs = label in range(n_labels), f"a label from 0 to {n_labels - 1}"
+        elif classes:
+            good, needs = label in range(classes), f"a label from 0 to {classes - 1}"
         else:
             good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
         if not (good and all(isinstance(entry.get(column), str) for column in task.columns)):
@@ -166,11 +161,10 @@ def load_task(name, args, tokenizer, device):
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows = read_split(name, split, args.data)
         texts = [[row[column] for row in rows] for column in task.columns]
-        if split in task.test:
-            labels = [0] * len(rows)
-        else:
-            labels = [row["label"] for row in rows]
+        labels = [0 if split in task.test else row["label"] for row in rows]
+        if split not in task.test:
             hashed += [texts, labels]
+
         tokens = [tokenizer.encode_batch_fast(column, add_special_tokens=False) for column in texts]
         examples = [build_example([part.ids for part in parts], args.max_length)
                     for parts in zip(*tokens)]
@@ -187,11 +181,11 @@ def load_task(name, args, tokenizer, device):
         raise CramError(f"{name} has {rows} training rows: give a smaller --batch-size")
     if task.train_rows not in (None, rows):
         print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
-    return splits, sha256(json.dumps(hashed).encode())
+    return splits, hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
 def build_example(parts, max_length):
-    """Token ids <cls> A <sep> or <cls> A <sep> B <sep>; if too long, the longer part is cut."""
+    """Token ids <cls> A <sep> or <cls> A <sep> B <sep>. The longer part is cut first."""
     parts = [list(ids) for ids in parts]
     while 1 + sum(len(ids) + 1 for ids in parts) > max_length:
         max(parts, key=len).pop()
@@ -199,16 +193,12 @@ def build_example(parts, max_length):
 
 
 def epoch_batches(split, seed, args):
-    """Row numbers (steps, B) and padded length (steps,) of each step of a trial. An epoch reads all
-    rows in a new random order, except for an incomplete last batch."""
+    """Row numbers (steps, B) and padded length (steps,) of each step of a trial. Every epoch
+    shuffles the rows and drops an incomplete last batch."""
     rng, N, B = np.random.default_rng(seed), len(split.lengths), args.batch_size
     rows = [rng.permutation(N)[: N // B * B] for _ in range(args.epochs)]
     rows = np.concatenate(rows).reshape(-1, B)
     return rows, split.lengths[rows].max(1)
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 # -------------------------------------------------------------------------------- 4. Classifier
@@ -217,8 +207,8 @@ def sha256(content):
 class Classifier(nn.Module):
     """BERT, then a tanh layer and an output layer on the final state of the first token, <cls>.
 
-    Their biases and the width 1024 are the paper's. ModernBERT's head predicts <mask>: not used.
-    forward is recorded as a CUDA graph: no .item(), no shape that depends on values.
+    Their biases and the width 1024 are the paper's, also for ModernBERT. A CUDA graph records
+    forward, so there is no .item() and no shape that depends on values.
     """
 
     def __init__(self, bert, classes, dropout):
@@ -227,7 +217,7 @@ class Classifier(nn.Module):
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(1024, classes)
-        for module in bert.modules():  # pretraining had none
+        for module in bert.modules():  # pretraining uses none
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
@@ -248,12 +238,12 @@ def lr_at(step, steps, peak):
 # -------------------------------------------------------------------------------- 5. A trial
 
 COMPILE_ROWS = 50_000  # compile from this many training rows on; it takes seconds per length
-OVERHEAD = 48  # for the progress bar a step costs its padded length and this, as timed on an H200
+OVERHEAD = 48  # a step takes time in proportion to its padded length + 48, as timed on an H200
 
 
 def trials_at_once(model, device, dtype, batch_size):
-    """How many trials run side by side: as many as fit in memory, at most eight. A parameter takes
-    16 bytes (weight, gradient, two moments), and per 16 rows about 24 of activations in bf16."""
+    """How many trials run side by side: as many as fit in memory, at most eight. Per parameter a
+    trial needs 16 bytes (weight, gradient, two moments), and 24 of activations for 16 bf16 rows."""
     if device.type != "cuda":
         return 1
     bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)
@@ -264,10 +254,13 @@ def trials_at_once(model, device, dtype, batch_size):
 class Trial:
     """Fine-tunes a copy of a model on one task with one seed: run_step(0), (1), ..., then scores().
 
-    step() is the same code on every device. A CUDA graph of it reads and writes fixed addresses, so
-    new values are copied into existing tensors: row numbers and learning rate before every step,
-    the initial weights after recording. Each trial has its own stream and, for dropout, its own
-    random generator: its result does not depend on the trials beside it.
+    A step on 16 short rows launches about a thousand small kernels, which takes longer than running
+    them. On CUDA it is therefore recorded once, as a CUDA graph, and replayed. A graph reads and
+    writes fixed addresses, so new values are copied into existing tensors: row numbers and learning
+    rate before every step, the initial weights after recording.
+
+    One step does not fill the card, so trials run side by side. Each has its own stream and, for
+    dropout, its own random generator: its result does not depend on the others.
     """
 
     def __init__(self, bert, task, train, seed, dtype, args):
@@ -291,10 +284,10 @@ class Trial:
         self.stream = None
         if self.use_graphs:
             self.record_graphs()
-        self.set_weights(bert, seed, args.scratch)  # last: recording changes the moments
+        self.set_weights(bert, seed, args.scratch)  # last, as recording takes real steps
 
     def set_weights(self, bert, seed, scratch):
-        """Pretrained or random weights, a new head, no momentum, all in the existing tensors."""
+        """Pretrained or random weights, a new head, zero moments, all in the existing tensors."""
         torch.manual_seed(seed)
         self.model.bert.load_state_dict(bert.state_dict())
         if scratch:
@@ -325,8 +318,8 @@ class Trial:
         # Compiled code rounds differently, so only the task decides whether to compile: a seed's
         # score must not change with the other tasks or the number of trials
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # All blocks of all trials share one compiled version per length (in modernbert two: its
-            # first block has no norm). Evaluation has many other shapes and runs eagerly
+            # All blocks of all trials share one compiled version per length; in modernbert two, as
+            # its first block has no norm. Evaluation has many other shapes and runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
@@ -347,17 +340,17 @@ class Trial:
                     for _ in range(3):
                         self.step(T)
                 default.graphsafe_set_state(self.generator)  # dropout draws from this trial's
-                # torch.cuda.graph synchronizes first. All lengths share one memory pool: nothing in
-                # it has to last until the next replay
+                # torch.cuda.graph synchronizes first. The lengths share a memory pool, as no replay
+                # needs what another left there
                 with torch.cuda.graph(graph, pool=memory, stream=self.stream):
                     self.step(T)
                 default.graphsafe_set_state(default_state)
             memory = graph.pool()
 
     def run_step(self, k):
-        """Step k of the trial. On CUDA this only enqueues it, on the trial's stream."""
+        """Run step k of the trial. On CUDA this only enqueues it on the trial's stream."""
         T = self.lengths[k]
-        with torch.cuda.stream(self.stream):  # None (no graphs): no change
+        with torch.cuda.stream(self.stream):  # None, without graphs, changes nothing
             self.chosen.copy_(self.rows[k])
             self.lr.copy_(self.lrs[k])
             if self.use_graphs:
@@ -404,8 +397,8 @@ def run_trials(trials, bar):
 
 
 def update_results(path, key=None, scores=None):
-    """Read glue.json, add or replace a trial's scores if given, write it and return all results.
-    It is read anew each time, as another command may have written to it."""
+    """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
+    anew each time, as another command may have written to it."""
     results = json.loads(path.read_text()) if path.exists() else []
     if not isinstance(results, list):
         raise CramError(f"{path} is not a results file of this version: move it away")
@@ -421,7 +414,8 @@ def update_results(path, key=None, scores=None):
 
 def write_test_files(folder, trial, splits):
     """Write predictions of the test splits in the GLUE server's format."""
-    labels, files = trial.task.labels, dict(PLACEHOLDERS)
+    labels = trial.task.labels
+    files = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these as well
     for split, file in trial.task.test.items():
         predicted = trial.predict(splits[split])
         files[file] = ([labels[i] for i in predicted] if labels
@@ -432,20 +426,22 @@ def write_test_files(folder, trial, splits):
         (folder / f"{file}.tsv").write_text("index\tprediction\n" + rows, newline="\n")
 
 
-def print_table(results, digests):
-    """Median and spread of each task's trials, beside the paper's scores. All results share their
-    checkpoint and settings. Those on other data than digests[task], or than the task's last, are
-    left out."""
+def print_table(results, hashes):
+    """Median and spread of each task's trials, beside the paper's scores. All results have the same
+    checkpoint and settings; of a task's data only hashes[task] counts, or else the last."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
+    hashes = {**{result["task"]: result["data"] for result in results}, **hashes}
     medians, note = {}, ""
-    digests = {**{result["task"]: result["data"] for result in results}, **digests}
     for name, task in TASKS.items():
-        trials = [r for r in results if r["task"] == name and r["data"] == digests[name]]
-        for split in task.validation if trials else ():
+        trials = [r for r in results if r["task"] == name and r["data"] == hashes[name]]
+        if not trials:
+            continue
+        subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
+        note = note or subset
+        for split in task.validation:
             row = name + split.removeprefix("validation").replace("_", "-")
-            scores = [result["scores"][split] for result in trials]
-            subset = "  subset" * (task.train_rows not in (None, trials[0]["rows"]))
-            medians[row], note = np.median(scores), note or subset
+            scores = [trial["scores"][split] for trial in trials]
+            medians[row] = np.median(scores)
             print(f"{row:16} {task.metric:8} {medians[row]:6.1f} {min(scores):7.1f} "
                   f"{max(scores):7.1f} {len(scores):6} {PAPER.get(row, ''):6}{subset}")
     if PAPER.keys() <= medians.keys():
@@ -463,8 +459,8 @@ def parse_arguments():
     add("--task", required=True, nargs="+", choices=[*TASKS, "all"], metavar="TASK",
         help=f"one or more of {', '.join(TASKS)}; or all, the eight of GLUE")
     add("--ckpt", default="out/ckpt.pt", help="what cram.py wrote" + default)
-    add("--data", help="folder with <task>/<split>.jsonl or .jsonl.xz in the columns of "
-        "nyu-mll/glue (default: they come from the hub)")
+    add("--data", help="folder with <task>/<split>.jsonl[.xz] in the columns of nyu-mll/glue "
+        "(default: nyu-mll/glue on the hub)")
     add("--out", help="folder for the results (default: that of --ckpt)")
     add("--trials", type=int, default=5, help="runs with different seeds" + default)
     add("--epochs", type=int, default=5, help="passes over the training rows" + default)
@@ -473,10 +469,9 @@ def parse_arguments():
     add("--dropout", type=float, help="fraction of values set to zero while training (default: the "
         "paper's 0.1; with --model modernbert 0, as in transformers)")
     add("--seed", type=int, default=0, help="of the first trial; each further one adds 1" + default)
-    add("--scratch", action="store_true",
-        help="random weights of the checkpoint's size, as a control")
-    add("--test", action="store_true", help="also run the first trial (again) and write its "
-        "predictions of the test splits, for the GLUE server")
+    add("--scratch", action="store_true", help="random weights of the same size, as a control")
+    add("--test", action="store_true", help="also run the first trial, again if need be, and write "
+        "its predictions of the test splits for the GLUE server")
     add("--device", default="auto", help="auto, cuda, mps or cpu" + default)
     args = parser.parse_args()
     if not (min(args.trials, args.epochs, args.batch_size, args.lr) > 0
@@ -487,14 +482,14 @@ def parse_arguments():
 
 
 def plan_trials(data, args, common, results, at_once):
-    """[(task, its splits, keys of trials to run side by side)] for all trials that have no result
-    yet, and with --test for the first in any case."""
+    """[(task, its splits, keys of trials to run side by side)] for all trials without a result."""
     groups = []
-    for name, (splits, digest) in data.items():
-        keys = [{"task": name, "seed": args.seed + i, **common, "data": digest,
+    for name, (splits, data_hash) in data.items():
+        keys = [{"task": name, "seed": args.seed + i, **common, "data": data_hash,
                  "rows": len(splits["train"].ids)} for i in range(args.trials)]
-        todo = [key for key in keys if (args.test and key is keys[0])
-                or not any(key.items() <= result.items() for result in results)]
+        todo = [key for key in keys if not any(key.items() <= result.items() for result in results)]
+        if args.test and keys[0] not in todo:
+            todo.insert(0, keys[0])  # its weights were not kept
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
         groups += [(name, splits, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
@@ -512,19 +507,20 @@ def main():
         args.dropout = 0.0 if bert.modernbert else 0.1
     args.max_length = min(MAX_LENGTH, bert.seq_len)
     settings = ("epochs", "batch_size", "lr", "dropout", "scratch", "max_length")
-    common = {"checkpoint": sha256(Path(args.ckpt).read_bytes()),
+    common = {"checkpoint": hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest(),
               "settings": {name: getattr(args, name) for name in settings}}
 
     # All errors in files are found before the first step
     path = Path(args.out or Path(args.ckpt).parent) / "glue.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = update_results(path)  # also shows that it can be written
-    names = [*args.task, *(EIGHT if "all" in args.task else ())]
+    names = args.task + (EIGHT if "all" in args.task else [])
     data = {name: load_task(name, args, tokenizer, device) for name in TASKS if name in names}
     groups = plan_trials(data, args, common, results,
                          trials_at_once(bert, device, dtype, args.batch_size))
-    # A folder for each checkpoint, settings and seed: the server never gets a mixture
-    test_folder = path.parent / f"glue_test_{sha256(json.dumps([common, args.seed]).encode())[:8]}"
+    # One folder per checkpoint, settings and seed, so that no submission is a mixture
+    run_hash = hashlib.sha256(json.dumps([common, args.seed]).encode()).hexdigest()
+    test_folder = path.parent / f"glue_test_{run_hash[:8]}"
 
     work = sum((epoch_batches(splits["train"], key["seed"], args)[1] + OVERHEAD).sum()
                for _, splits, keys in groups for key in keys)
@@ -535,7 +531,7 @@ def main():
         task = TASKS[name]
         trials = [Trial(bert, task, splits["train"], key["seed"], dtype, args) for key in keys]
         bar.set_description(name)
-        bar.unpause()  # leaves compiling and recording out of the time left
+        bar.unpause()  # the time left leaves out compiling and recording
         run_trials(trials, bar)
         bar.clear()
         for trial, key in zip(trials, keys):
@@ -543,14 +539,14 @@ def main():
             update_results(path, key, scores)
             print(f"{name} seed {key['seed']}: {task.metric} "
                   + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
-            if args.test and key["seed"] == args.seed:  # chosen before its score was known
+            if args.test and key["seed"] == args.seed:  # the first, not the best
                 write_test_files(test_folder, trial, splits)
         del trials, trial
-        gc.collect()  # compiled models are reference cycles; the next trials need their memory
+        gc.collect()  # frees compiled models, which are reference cycles
         torch.cuda.empty_cache()
     bar.close()
     print_table([result for result in update_results(path) if common.items() <= result.items()],
-                {name: digest for name, (_, digest) in data.items()})
+                {name: data_hash for name, (_, data_hash) in data.items()})
     print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 
