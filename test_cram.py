@@ -196,21 +196,23 @@ ELECTRA = {"recipe": "electra", "generator_layers": 1, "generator_width": 16}
 
 @pytest.fixture
 def train(data, tmp_path):
-    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). As its
-    n-th step begins, in_step(n) is called, and with stop_after=n a signal comes as from Ctrl-C."""
-    def run(out="out", *args, resume=False, in_step=None, stop_after=None, refused=None, **flags):
+    """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
+    stop_after=n a signal comes in the n-th step, as from Ctrl-C. With step_s, a function, the n-th
+    step takes step_s(n) seconds, and nothing else takes time."""
+    def run(out="out", *args, resume=False, step_s=None, stop_after=None, refused=None, **flags):
         real, steps = cram.mask_tokens, itertools.count(1)
+        clock = mock.Mock(return_value=1000.0) if step_s else time.monotonic
 
         def begin_step(*masking):
             n = next(steps)
-            if in_step:
-                in_step(n)
+            if step_s:
+                clock.return_value += step_s(n)
             if n == stop_after:
                 signal.raise_signal(signal.SIGTERM)
             return real(*masking)
 
         args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
-        with mock.patch("cram.mask_tokens", begin_step):
+        with mock.patch("cram.mask_tokens", begin_step), mock.patch("time.monotonic", clock):
             run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
         return refused is None and read_run(tmp_path / out)
 
@@ -867,21 +869,10 @@ def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
 # ---------------------------------------------------------------------------------- 8. The deadline
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that goes only where a test moves it: clock.now += seconds."""
-    clock = argparse.Namespace(now=1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
-    return clock
-
-
-def test_the_clock_ends_a_run_before_its_deadline(train, clock):
+def test_the_clock_ends_a_run_before_its_deadline(train):
     """54 steps of 1.1 s in a minute, as none is begun that would end later. Rate, batch, and a
     validation every 5 %, follow the clock."""
-    def step(n):
-        clock.now += 1.1
-
-    saved, log = train(minutes=1, in_step=step)
+    saved, log = train(minutes=1, step_s=lambda n: 1.1)
     s = cram.Settings(**saved["settings"])
     for line in log:
         before, after = (line["step"] - 1) * 1.1 / 60, line["step"] * 1.1 / 60
@@ -892,22 +883,17 @@ def test_the_clock_ends_a_run_before_its_deadline(train, clock):
     assert sum("val_loss" in line for line in log) == 20
 
 
-def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, clock, monkeypatch):
+def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeypatch):
     """It takes 40 s of the minute; the others, of 0.3 s, read more than all rows."""
-    def step(n):
-        clock.now += 40 if n == 2 else 0.3  # the first is the search for the microbatch
-
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    saved, _ = train("out", "--compile", minutes=1, ramp=0, in_step=step)
+    saved, _ = train("out", "--compile", minutes=1, ramp=0,
+                     step_s=lambda n: 40 if n == 2 else 0.3)  # n = 1 searches for the microbatch
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
-def test_the_clock_is_not_misled_by_a_pause(train, clock):
+def test_the_clock_is_not_misled_by_a_pause(train):
     """A step that takes 8 s, as after Ctrl-Z, neither ends a run nor makes it skip much."""
-    def step(n):
-        clock.now += 8 if n == 20 else 0.3
-
-    saved, _ = train(minutes=0.5, ramp=0, in_step=step)
+    saved, _ = train(minutes=0.5, ramp=0, step_s=lambda n: 8 if n == 20 else 0.3)
     assert saved["state"]["step"] >= 73
     assert saved["state"]["position"] - saved["state"]["rows"] < 100
 
