@@ -1419,74 +1419,61 @@ def test_a_task_of_ones_own(glue, monkeypatch):
 # ------------------------------------------------------------------------------------ 15. Bad input
 
 
-@pytest.fixture
-def refuse(data, finished, tmp_path, monkeypatch):
-    """refuse(line, words): run a command line in a folder with rows/, out/ckpt.pt, glue/cola/ and
-    short.jsonl. It must stop, say so, and leave nothing behind."""
+FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
+
+
+@pytest.mark.parametrize("line, words, damage", [
+    ("prepare --source nowhere", "nothing to read there", {}),
+    ("prepare --source short.jsonl", "too little text", {}),
+    ("prepare --source short.jsonl --vocab-size 70000", "256 to 65536", {}),
+    ("cram --hours nan", "--hours must be a positive number", {}),
+    ("cram --hours 1e-9", "over before the first step", {}),
+    ("cram --hours 1 --steps 2", "one of --hours, --minutes and --steps", {}),
+    ("cram --steps 2 --heads 5", "even multiple of its 5 heads", {}),
+    ("cram --steps 2 --recipe magic", "choose from", {}),
+    ("cram --fill <mask>", "no checkpoint", {}),
+    ("cram --out out --steps 2", "or continue it with --resume", {}),
+    ("cram --out out --export new", "only --model modernbert", {}),
+    ("finetune_glue --task cola --batch-size 100", "give a smaller --batch-size", {}),
+    ("finetune_glue --task rte", "train.jsonl", {}),
+
+    ("cram --steps 2", "damaged", {"rows/meta.json": "{}"}),
+    ("cram --steps 2", "not the one", {"rows/tokenizer.json": "{}"}),
+    ("cram --steps 2", "damaged", {"rows/val.bin": ""}),
+    (COLA, "not a checkpoint", {"out/ckpt.pt": ""}),
+    (FILL, "not a checkpoint", {"out/ckpt.pt": "no checkpoint"}),
+    (FILL, "version of cram.py", {"out/ckpt.pt": {"model": {}, "settings": {"magic": 1}}}),
+    (FILL, "code, which is not run", {"out/ckpt.pt": {"model": os.getcwd, "settings": {}}}),
+    (COLA, "train.jsonl, after 0 rows", {"glue/cola/train.jsonl": '{"sentence": '}),
+    (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": "[3]"}),
+    (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": '{"sentence": 3}'}),
+    (COLA, "from 0 to 1", {"glue/cola/train.jsonl": '{"sentence": "x", "label": 0.5}'}),
+    (COLA, "idx counting from 0", {"glue/cola/test.jsonl": '{"sentence": "x", "idx": 1}'}),
+    (COLA, "test.jsonl has no rows", {"glue/cola/test.jsonl": ""}),
+    (COLA, "glue.json is not a results file", {"out/glue.json": '{"runs": 3}'}),
+])
+def test_bad_input_is_refused(data, finished, tmp_path, monkeypatch, line, words, damage):
+    """A wrong command, or a right one where files are damaged, says so and leaves nothing behind.
+    It runs in a folder with rows/, out/ckpt.pt, glue/cola/ and short.jsonl."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, "rows")
     Path("out").mkdir()
     shutil.copy(finished("crammed") / "ckpt.pt", "out")
     write_glue(Path("glue"), "cola")
     write_jsonl(Path("short.jsonl"), ["too short"])
-    usual = {
-        "prepare": ("--out", "new", *SMALL_ROWS),
-        "cram": ("--data", "rows", "--out", "new", *flags_of(TINY)),
-        "finetune_glue": ("--data", "glue", "--ckpt", "out/ckpt.pt", "--test")}
+    for file, content in damage.items():
+        if isinstance(content, dict):
+            torch.save(content, file)
+        else:
+            Path(file).write_text(content)
 
-    def run(line, words):
-        name, *args = line.split()
-        command(sys.modules[name], *usual[name], *args, refused=words)
-        assert not [*Path("new").glob("*.pt"), *Path("new").glob("unfinished")]
-        assert name != "finetune_glue" or not Path("new/glue.json").exists()
-
-    return run
-
-
-@pytest.mark.parametrize("line, words", [
-    ("prepare --source nowhere", "nothing to read there"),
-    ("prepare --source short.jsonl", "too little text"),
-    ("prepare --source short.jsonl --vocab-size 70000", "256 to 65536"),
-    ("cram --hours nan", "--hours must be a positive number"),
-    ("cram --hours 1e-9", "over before the first step"),
-    ("cram --hours 1 --steps 2", "one of --hours, --minutes and --steps"),
-    ("cram --steps 2 --heads 5", "even multiple of its 5 heads"),
-    ("cram --steps 2 --recipe magic", "choose from"),
-    ("cram --fill <mask>", "no checkpoint"),
-    ("cram --out out --steps 2", "or continue it with --resume"),
-    ("cram --out out --export new", "only --model modernbert"),
-    ("finetune_glue --task cola --batch-size 100", "give a smaller --batch-size"),
-    ("finetune_glue --task rte", "train.jsonl"),
-])
-def test_a_wrong_command_is_refused(refuse, line, words):
-    refuse(line, words)
-
-
-FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
-
-
-@pytest.mark.parametrize("file, content, line, words", [
-    ("rows/meta.json", "{}", "cram --steps 2", "damaged"),
-    ("rows/tokenizer.json", "{}", "cram --steps 2", "not the one"),
-    ("rows/val.bin", "", "cram --steps 2", "damaged"),
-    ("out/ckpt.pt", "", COLA, "not a checkpoint"),
-    ("out/ckpt.pt", "no checkpoint", FILL, "not a checkpoint"),
-    ("out/ckpt.pt", {"model": {}, "settings": {"magic": 1}}, FILL, "version of cram.py"),
-    ("out/ckpt.pt", {"model": os.getcwd, "settings": {}}, FILL, "holds code, which is not run"),
-    ("glue/cola/train.jsonl", '{"sentence": ', COLA, "train.jsonl, after 0 rows"),
-    ("glue/cola/train.jsonl", "[3]", COLA, "row 1, needs sentence as text"),
-    ("glue/cola/train.jsonl", '{"sentence": 3}', COLA, "row 1, needs sentence as text"),
-    ("glue/cola/train.jsonl", '{"sentence": "x", "label": 0.5}', COLA, "a label from 0 to 1"),
-    ("glue/cola/test.jsonl", '{"sentence": "x", "idx": 1}', COLA, "idx counting from 0"),
-    ("glue/cola/test.jsonl", "", COLA, "test.jsonl has no rows"),
-    ("out/glue.json", '{"runs": 3}', COLA, "glue.json is not a results file"),
-])
-def test_a_damaged_file_is_refused(refuse, file, content, line, words):
-    if isinstance(content, dict):
-        torch.save(content, file)
-    else:
-        Path(file).write_text(content)
-    refuse(line, words)
+    name, *args = line.split()
+    usual = {"prepare": ("--out", "new", *SMALL_ROWS),
+             "cram": ("--data", "rows", "--out", "new", *flags_of(TINY)),
+             "finetune_glue": ("--data", "glue", "--ckpt", "out/ckpt.pt", "--test")}
+    printed = command(sys.modules[name], *usual[name], *args, refused=words)
+    assert not [*Path("new").glob("*.pt"), *Path("new").glob("unfinished")]
+    assert "cola seed 0" not in printed  # fine-tuning finds all errors before its first step
 
 
 def test_a_run_is_refused_to_be_resumed_as_something_else(train, data):
