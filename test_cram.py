@@ -389,23 +389,21 @@ def test_counts_of_what_is_dropped(tmp_path):
 def test_a_folder_is_read_also_if_it_is_the_output(tmp_path):
     """Beside other files and a linked folder; the tokenizer sees a share of every file. The long
     .txt file is read in pieces."""
-    out, other_letters = tmp_path / "data", str.maketrans("abcdefghijklmnop", "klmnopqrstuvwxyz")
+    out, texts = tmp_path / "data", [sentences(i, 8) for i in range(99)]
     (out / "texts").mkdir(parents=True)
     for name in ("texts/c.csv", "tokenizer.json", "d.txt.zst"):
         (out / name).write_text("text")
-    (out / "b.txt").write_text("\n".join(sentences(i, 8) for i in range(99)))
-    write_jsonl(out / "texts/A.JSONL", [
-        sentences(i, 8).translate(other_letters) for i in range(99)])
+    (out / "b.txt").write_text("\n".join(texts))
+    write_jsonl(out / "texts/A.JSONL", [text[::-1] for text in texts])  # so of other words
     (out / "linked").symlink_to(tmp_path, target_is_directory=True)
     printed = prepare_rows(out, out, TOKENIZER_CHARS=8000, PIECE=2000, MAX_DENSITY=1)
     assert "to read: 2; of other kinds, left out: 2" in printed
     assert "complete already" in prepare_rows(out, out)  # its own files are no new text
     assert meta_of(out)["documents_read"] > 99 + 20
-    assert meta_of(out)["characters_written"] == 2 * sum(
-        len(sentences(i, 8)) + 1 for i in range(99))
+    assert meta_of(out)["characters_written"] == 2 * sum(len(text) + 1 for text in texts)
     vocab = tokenizer_of(out).get_vocab()
     assert sum(word in vocab for word in WORDS) > 50
-    assert sum(word.translate(other_letters) in vocab for word in WORDS) > 50
+    assert sum(word[::-1] in vocab for word in WORDS) > 50
 
 
 @slow
@@ -1247,14 +1245,17 @@ ONE = ("--trials", 1, "--epochs", 1)
 @pytest.fixture
 def glue(finished, tmp_path):
     """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
-    finished run in glue.out: glue(flags) -> its output."""
+    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
     def run(*args, refused=None):
         return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
                        "--data", run.data, *args, refused=refused)
 
-    run.out, run.data = tmp_path / "out", tmp_path / "glue"
+    run.out, run.data, run.other = tmp_path / "out", tmp_path / "glue", tmp_path / "other.pt"
     run.out.mkdir()
     shutil.copy(finished("crammed") / "ckpt.pt", run.out)
+    content = torch.load(run.out / "ckpt.pt", weights_only=True)
+    content["model"]["blocks.0.ffn.up.weight"] *= 2
+    torch.save(content, run.other)
     run.write = functools.partial(write_glue, run.data)
     return run
 
@@ -1279,17 +1280,14 @@ def test_fine_tuning_learns_and_writes_what_it_learned(glue):
 
 
 def test_scratch_forgets_the_pretraining(glue, tmp_path):
+    def score(ckpt, *flags):
+        out = tmp_path / f"{ckpt.stem} {flags}"
+        glue("--task", "stsb", *ONE, "--ckpt", ckpt, "--out", out, *flags)
+        return scores_in(out)["stsb", 0]
+
     glue.write("stsb")
-    content = torch.load(glue.out / "ckpt.pt", weights_only=True)
-    content["model"]["blocks.0.ffn.up.weight"] *= 2
-    torch.save(content, tmp_path / "other.pt")
-    scores = []
-    for ckpt in (glue.out / "ckpt.pt", tmp_path / "other.pt"):
-        for flags in ([], ["--scratch"]):
-            out = tmp_path / str(len(scores))
-            glue("--task", "stsb", *ONE, "--ckpt", ckpt, "--out", out, *flags)
-            scores.append(scores_in(out)["stsb", 0])
-    assert scores[0] != scores[2] and scores[1] == scores[3]
+    assert score(glue.out / "ckpt.pt") != score(glue.other)
+    assert score(glue.out / "ckpt.pt", "--scratch") == score(glue.other, "--scratch")
 
 
 @pytest.mark.parametrize("recipe, flags, p", [
@@ -1361,27 +1359,19 @@ def test_without_data_the_rows_come_from_the_hub(glue, tmp_path):
 
 @slow
 def test_a_trial_is_finished_if_checkpoint_settings_and_data_agree(glue, tmp_path):
-    def run(*flags):
-        return glue("--task", "cola", *ONE, "--data", glue.data, *flags)
-
+    run = functools.partial(glue, "--task", "cola", *ONE, "--out", glue.out)
     glue.write("cola")
     run()
     glue.data = glue.data.rename(tmp_path / "elsewhere")  # a path is not content
     finished = run()
     assert "cola: glue.json has all these trials, none is run" in finished
-    assert "cola seed 0" in run("--lr", 1e-3)
-    content = torch.load(glue.out / "ckpt.pt", weights_only=True)
-    content["model"]["embed.weight"] *= 2
-    torch.save(content, tmp_path / "other.pt")
-    changes = {glue.out / "ckpt.pt": (tmp_path / "other.pt").read_bytes()}
+    assert "cola seed 0" in run("--lr", 1e-3) and "cola seed 0" in run("--ckpt", glue.other)
     for split in ("train", "validation"):
         path = glue.data / f"cola/{split}.jsonl"
-        changes[path] = path.read_bytes().replace(b'"label": 1', b'"label": 0', 4)
-    for path, changed in changes.items():
-        before = path.read_bytes()
-        path.write_bytes(changed)
+        before = path.read_text()
+        path.write_text(before.replace('"label": 1', '"label": 0', 4))
         assert "cola seed 0" in run()
-        path.write_bytes(before)
+        path.write_text(before)
 
     results = glue.out / "glue.json"
     first, *others = json.loads(results.read_text())
