@@ -312,8 +312,6 @@ def test_special_tokens_come_first_and_are_not_read_from_text(data):
     assert [tokenizer.id_to_token(i) for i in range(5)] == [
         "<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
     assert not (rows == cram.MASK).any() and (rows == cram.SEP).sum() <= 400  # one a document
-    ids = tokenizer.encode("a" * 101 + " " + "b" * 100).ids  # a very long word is unknown
-    assert ids[0] == cram.UNK and cram.UNK not in ids[1:]
 
 
 # ----------------------------------------------------------------------------- 2. Rows lose nothing
@@ -483,11 +481,9 @@ def hub(tmp_path):
     hub.env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
                "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
 
-    lines = [json.dumps({"text": text, "timestamp": "2019", "url": "http://a"}) for text in TEXTS]
-    shards = {f"c4-train.0000{i}.json.gz": gzip.compress(
-        "\n".join(lines[133 * i : 133 * (i + 1)]).encode()) for i in range(3)}
-    about = {"id": "allenai/c4", "sha": hub.sha, "tags": [], "private": False, "gated": False,
-             "siblings": [{"rfilename": name} for name in shards]}
+    shards = {f"c4-train.0000{i}.json.gz": gzip.compress(write_jsonl(
+        tmp_path / "shard", TEXTS[133 * i : 133 * (i + 1)]).read_bytes()) for i in range(3)}
+    about = {"id": "allenai/c4", "sha": hub.sha}
     tree = [{"type": "file", "path": name, "oid": "b" * 40, "size": len(content)}
             for name, content in shards.items()]
     api, files = "/api/datasets/allenai/c4", "/datasets/allenai/c4/resolve"
@@ -801,9 +797,7 @@ def test_a_run_learns_and_keeps_its_books(finished):
         assert line["mfu"] is None and line["tokens_per_s"] > 0
         assert ("val_loss" in line) == (n % 2 == 0)  # every 5 %
     assert log[-1]["val_loss"] < log[1]["val_loss"] - 1
-    content = torch.load(out / "ckpt.pt", weights_only=True)
-    assert_same(content["model"], saved["model"])
-    assert content["result"]["val_loss"] == log[-1]["val_loss"]
+    assert_same(torch.load(out / "ckpt.pt", weights_only=True)["model"], saved["model"])
 
     assert len(re.findall(r"^ *\d+:\d\d:\d\d .*", printed, re.M)) == len(log)
     summary = printed[printed.index("\ntokens  "):]  # one block ends the run
@@ -1176,7 +1170,6 @@ def trial_of(seed=0, device="cpu"):
 
 
 def weights_after(*trials):
-    """Their weights at the end."""
     finetune_glue.run_trials(trials, finetune_glue.tqdm(total=1, disable=True))
     return [list(trial.model.parameters()) for trial in trials]
 
@@ -1232,9 +1225,7 @@ def write_glue(folder, name, train=16, validation=16):
         for i in range(train if split == "train" else validation):
             label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
             row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
-            rows.append({**row, "label": label, "idx": i})
-            if split in task.test:
-                rows[i]["label"] = -1
+            rows.append({**row, "label": -1 if split in task.test else label, "idx": i})
         (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -1442,14 +1433,12 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     (COLA, "test.jsonl has no rows", {"glue/cola/test.jsonl": ""}),
     (COLA, "glue.json is not a results file", {"out/glue.json": '{"runs": 3}'}),
 ])
-def test_bad_input_is_refused(data, finished, tmp_path, monkeypatch, line, words, damage):
+def test_bad_input_is_refused(data, glue, tmp_path, monkeypatch, line, words, damage):
     """A wrong command, or a right one where files are damaged, says so and leaves nothing behind.
-    It runs in a folder with rows/, out/ckpt.pt, glue/cola/ and short.jsonl."""
+    It runs in a folder with rows/, short.jsonl and what `glue` makes: out/ckpt.pt, glue/cola/."""
     monkeypatch.chdir(tmp_path)
+    glue.write("cola")
     shutil.copytree(data, "rows")
-    Path("out").mkdir()
-    shutil.copy(finished("crammed") / "ckpt.pt", "out")
-    write_glue(Path("glue"), "cola")
     write_jsonl(Path("short.jsonl"), ["too short"])
     for file, content in damage.items():
         if isinstance(content, dict):
