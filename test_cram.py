@@ -838,6 +838,7 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
     model, tokenizer = cram.load_checkpoint(path, device="cpu", generator=True)
     ids = torch.tensor([[cram.CLS, *tokenizer.encode("a <mask> b <mask>.").ids, cram.SEP]])
     guesses = model.logits(ids)[ids == cram.MASK].softmax(-1)
+    assert not model.training
     for line, p in zip(fill("a <mask> b <mask>.").splitlines(), guesses, strict=True):
         best = [f"{tokenizer.id_to_token(int(i))} {p[i]:.1%}" for i in p.argsort(descending=True)]
         assert line == "<mask>: " + ", ".join(best[:5])
@@ -1140,7 +1141,6 @@ def test_glue_examples_are_built_and_cut():
     assert finetune_glue.build_example((a, b), 99) == [2, *a, 3, *b, 3]
     assert finetune_glue.build_example((a, b), 9) == [2, 10, 11, 12, 13, 3, 20, 21, 3]
     assert finetune_glue.build_example((a,), 5) == [2, 10, 11, 12, 3]
-    assert len(finetune_glue.build_example((a * 20, a * 30), 128)) == 128
 
 
 def test_glue_learning_rate_warms_up_over_a_tenth_of_the_tasks_own_steps():
