@@ -497,6 +497,8 @@ def plan_trials(data, args, common, results, at_once):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal shows é as \xe9
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
     if dtype == torch.float16:
