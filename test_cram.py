@@ -1308,7 +1308,7 @@ def test_dropout_is_the_papers_and_none_for_modernbert(glue, finished, recipe, f
 def test_all_of_glue_and_the_files_for_its_server(glue):
     """Scores do not depend on which trials run, side by side or one by one. (Without dropout: only
     on a card does each trial draw its own.)"""
-    glue.out = glue.out.rename(glue.out.with_name("é"))  # in these tests the screen shows ASCII only
+    glue.out = glue.out.rename(glue.out.with_name("é"))  # the screen shows ASCII only
     for name in finetune_glue.EIGHT:
         glue.write(name, validation=5)
     run = functools.partial(glue, "--epochs", 1, "--dropout", 0)
