@@ -260,8 +260,8 @@ def hub_files(name):
 
 
 def documents(files, start=(0, 0)):
-    """Yields (text, reason, cursor): a reader's pair and the place after it, (number of the file,
-    documents read from that file), where a later call may start."""
+    """Yields (text, reason, cursor): a reader's pair and the place after it. A later call may start
+    at that place: (number of the file, documents read from that file)."""
     first, row = start
     for number, path in enumerate(files[first:], first):
         read = read_python_docs if path == "python-docs" else read_file
@@ -272,6 +272,7 @@ def documents(files, start=(0, 0)):
 
 
 def progress_bar(*args, **kwargs):
+    """A log file, which keeps every update, gets one a minute."""
     return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
@@ -332,10 +333,11 @@ def tokenize(texts):
         ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
         for piece in normal:  # one at a time, to bound memory; encode() takes 1.7 times as long
             ids += tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        ids.append(SEP)
         normal = " ".join(normal)
         digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
-        results.append((np.array([*ids, SEP], np.uint16), len(normal),
-                        int.from_bytes(digest, "little")))
+        digest = int.from_bytes(digest, "little")
+        results.append((np.array(ids, np.uint16), len(normal), digest))
     return results
 
 
