@@ -62,6 +62,8 @@ BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB)
 
 UNFINISHED = "unfinished"  # the folder inside --out that holds what a run needs to resume
 SAVE_SECONDS = 5  # a killed run loses about this much work
+OUTAGE_SECONDS = 1800  # the run stops when the hub has not answered for this long
+RETRY_SECONDS = 30  # between attempts; in each the hub's client tries for 20 s to 10 minutes
 RESUME = "Start the same command again to resume."
 REASONS_SHOWN = 20  # skipped documents that are named; the others are only counted
 
@@ -205,12 +207,9 @@ def read_file(path):
             yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
     except Exception as error:
         bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
-        if bad_page or isinstance(error, DAMAGE):
-            yield None, f"{path}: the file is damaged or cut off ({error!r:.120})"
-        elif path.startswith("hf://"):  # its client has tried for 23 s (5xx) to 28 minutes (429)
-            raise SystemExit(f"no answer from the hub ({error!r:.120}). {RESUME}") from None
-        else:
-            raise  # a fault of the disk
+        if not (bad_page or isinstance(error, DAMAGE)):
+            raise  # a fault of the disk or the network
+        yield None, f"{path}: the file is damaged or cut off ({error!r:.120})"
 
 
 def read_python_docs(_):
@@ -259,16 +258,28 @@ def hub_files(name):
             "network, use --source python-docs or a path to text files of your own.") from None
 
 
-def documents(files, start=(0, 0)):
-    """Yields (text, reason, cursor): a reader's pair and the place after it. A later call may start
-    at that place: (number of the file, documents read from that file)."""
-    first, row = start
-    for number, path in enumerate(files[first:], first):
+def documents(files, file=0, row=0):
+    """Yields (text, reason, cursor): a reader's pair and the place after it, (number of the file,
+    documents read from that file), where a later call may start. If the hub does not answer, tries
+    again for OUTAGE_SECONDS."""
+    answered = time.monotonic()
+    while file < len(files):
+        path = files[file]
         read = read_python_docs if path == "python-docs" else read_file
-        for text, reason in itertools.islice(read(path), row, None):
-            row += 1
-            yield text, reason, (number, row)
-        row = 0
+        try:
+            for text, reason in itertools.islice(read(path), row, None):
+                answered = time.monotonic()
+                row += 1
+                yield text, reason, (file, row)
+            file, row = file + 1, 0
+        except Exception as error:
+            if not path.startswith("hf://"):
+                raise
+            if time.monotonic() - answered > OUTAGE_SECONDS:
+                raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
+                                 f"({error!r:.120}). {RESUME}") from None
+            tqdm.write(f"the hub does not answer ({error!r:.120}); trying again")
+            time.sleep(RETRY_SECONDS)
 
 
 def progress_bar(*args, **kwargs):
@@ -346,7 +357,7 @@ def chunks(files, start):
     """Yields (texts, reasons, cursor): texts for one call of `tokenize`, the reasons for unreadable
     documents among them, and the place after them."""
     texts, reasons, size, cursor = [], [], 0, start
-    for text, reason, cursor in documents(files, start):
+    for text, reason, cursor in documents(files, *start):
         if text is None:
             reasons.append(reason)
         else:
