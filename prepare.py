@@ -114,10 +114,10 @@ def normalize(text):
 def train_tokenizer(texts, vocab_size):
     """WordPiece from an iterator of strings; the same text gives the same file everywhere.
 
-    The library numbers the letters it starts from in hash order, which differs between processes,
-    and lets the number decide between equally frequent merges. Only special tokens keep their
-    order, so in training the alphabet (all that NORMALIZER leaves) is passed as special tokens. The
-    final tokenizer knows only SPECIAL_TOKENS as special: ids 0..4, the others sorted.
+    The library numbers its alphabet in hash order, which differs between processes, and breaks ties
+    between merges by that number. Only special tokens keep their order, so the trainer gets the
+    alphabet (all that NORMALIZER leaves) as special tokens. The returned tokenizer has only
+    SPECIAL_TOKENS as special: ids 0..4. Its other entries are sorted.
     """
     characters = [c for c in map(chr, range(0x21, 0x7F)) if not c.isupper()]
     alphabet = characters + ["##" + c for c in characters]
@@ -153,12 +153,13 @@ def read_json(stream, path):
     """One row per line, or one list of rows, which is held in memory."""
     is_list = stream.read(1000).decode("utf-8-sig", "ignore").lstrip().startswith("[")
     stream.seek(0)
-    for number, row in enumerate(json.loads(stream.read()) if is_list else stream, 1):
-        if not is_list and row.isspace():
-            continue
+    for number, row in enumerate(json.load(stream) if is_list else stream, 1):
         where = f"{path} row {number}"
         try:
-            yield text_of(row if is_list else json.loads(row), where)
+            if is_list:
+                yield text_of(row, where)
+            elif not row.isspace():
+                yield text_of(json.loads(row), where)
         except (ValueError, RecursionError) as error:  # the latter: nested too deeply
             yield None, f"{where}: not UTF-8 JSON ({error})"
 
@@ -235,7 +236,7 @@ def local_files(pattern, out):
         found = path.rglob("*")
     else:
         found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-    ours = {out / name for name in ("meta.json", "tokenizer.json", UNFINISHED)}
+    ours = {out / name for name in ("meta.json", "tokenizer.json", UNFINISHED)}  # --out may be here
     found = [f for f in sorted(found)
              if f.is_file() and not ours & {f.resolve(), *f.resolve().parents}]
     files = [str(f) for f in found if kind(str(f)) in READERS]
@@ -258,23 +259,23 @@ def hub_files(name):
 
 
 def documents(files, file=0, row=0):
-    """Yields (text, reason, cursor): a reader's pair and where to resume after it, (file number,
-    documents read from that file). If the hub does not answer, tries again for OUTAGE_SECONDS."""
-    outage_began = None
+    """Yields (text, reason, cursor): a reader's pair and the place after it, (number of the file,
+    documents read from that file), where a later call may start. If the hub does not answer, tries
+    again for OUTAGE_SECONDS."""
+    answered = time.monotonic()
     while file < len(files):
         path = files[file]
         read = read_python_docs if path == "python-docs" else read_file
         try:
             for text, reason in itertools.islice(read(path), row, None):
-                outage_began = None
+                answered = time.monotonic()
                 row += 1
                 yield text, reason, (file, row)
             file, row = file + 1, 0
         except Exception as error:
             if not path.startswith("hf://"):
                 raise
-            outage_began = outage_began or time.monotonic()
-            if time.monotonic() - outage_began > OUTAGE_SECONDS:
+            if time.monotonic() - answered > OUTAGE_SECONDS:
                 raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
                                  f"({error!r:.120}). {RESUME}") from None
             tqdm.write(f"the hub does not answer ({error!r:.120}); trying again")
@@ -282,12 +283,13 @@ def documents(files, file=0, row=0):
 
 
 def progress_bar(*args, **kwargs):
+    """A log file, which keeps every update, gets one a minute."""
     return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
 def pieces(text):
-    """Split a text into lines, and lines longer than PIECE at spaces. Most lines are ASCII, which
-    `normalize` does faster; tokenizing takes over 20 bytes of memory per character."""
+    """Split a text into lines, because `normalize` is faster on ASCII and most lines are. Split
+    lines longer than PIECE at spaces, because tokenizing takes over 20 bytes per character."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -300,17 +302,16 @@ def pieces(text):
         start = end
 
 
-def tokenizer_texts(files, limit):
-    """About `limit` characters to train the tokenizer on: the beginning of the source, or of each
-    local file by its size. A file that falls short leaves its share to the next."""
-    parts, used, due = [(files, limit)], 0, 0
+def tokenizer_texts(files):
+    """About TOKENIZER_CHARS characters, in lines: the beginning of the source, or of each local
+    file by its size. A file that falls short leaves its share to the next."""
+    parts, used = [(files, TOKENIZER_CHARS)], 0
     if os.path.exists(files[0]):
-        sizes = [*map(os.path.getsize, files)]
-        parts = [([f], limit * n / max(1, sum(sizes))) for f, n in zip(files, sizes)]
-    for part, share in parts:
-        due += share
+        ends = [*itertools.accumulate(map(os.path.getsize, files))]
+        parts = [([f], TOKENIZER_CHARS * end / max(1, ends[-1])) for f, end in zip(files, ends)]
+    for part, end in parts:
         for text, *_ in documents(part):
-            if used >= due:
+            if used >= end:
                 break
             if text:
                 yield from pieces(text)
@@ -321,36 +322,40 @@ def tokenizer_texts(files, limit):
 # One process per core normalises, tokenizes and hashes; the parent reads, decides and writes.
 
 
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def start_worker(tokenizer_json):
-    """Runs once in each process. The thread ends the process if its parent dies."""
+    """Runs once in each process."""
     global tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
     tokenizer.normalizer = normalizers.Sequence([])  # `normalize` is faster
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
-                     daemon=True).start()
-
-
-def tokenize_document(text):
-    """(token ids and SEP as uint16, characters of the normalised text, its 64-bit hash)."""
-    ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
-    for piece in normal:  # one at a time, to bound memory
-        [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
-        ids.append(np.array(encoding.ids, np.uint16))
-    ids.append(np.array([SEP], np.uint16))
-    normal = " ".join(normal)
-    digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
-    return np.concatenate(ids), len(normal), int.from_bytes(digest, "little")
+    threading.Thread(target=exit_with_parent, daemon=True).start()  # also if the parent is killed
 
 
 def tokenize(texts):
-    return [tokenize_document(text) for text in texts]
+    """For each text: ids and SEP as uint16, characters of the normalised text, its 64-bit hash."""
+    results = []
+    for text in texts:
+        ids, normal = [], [*filter(None, map(normalize, pieces(text)))]
+        for piece in normal:  # one at a time, to bound memory; encode() takes 1.7 times as long
+            [encoding] = tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            ids.append(np.array(encoding.ids, np.uint16))  # as ints in a list, 20 times the memory
+        ids.append(np.array([SEP], np.uint16))
+        normal = " ".join(normal)
+        digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
+        digest = int.from_bytes(digest, "little")
+        results.append((np.concatenate(ids), len(normal), digest))
+    return results
 
 
 def chunks(files, start):
-    """Yields (texts, reasons, cursor): the work of one `tokenize` call, reasons for documents among
-    them that cannot be read, and where to resume after them."""
+    """Yields (texts, reasons, cursor): texts for one call of `tokenize`, the reasons for unreadable
+    documents among them, and the place after them."""
     texts, reasons, size, cursor = [], [], 0, start
     for text, reason, cursor in documents(files, *start):
         if text is None:
@@ -365,14 +370,14 @@ def chunks(files, start):
 
 
 def tokenize_chunks(files, start, tokenizer_json):
-    """Yields (reasons, cursor, future of `tokenize`) per chunk, in order, a few chunks ahead.
+    """Yields (future of `tokenize`, reasons, cursor) per chunk, in order, a few chunks ahead.
     pool.map would read ahead without end."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = multiprocessing.get_context("spawn")  # fork and the tokenizer's threads do not mix
     with ProcessPoolExecutor(cores, context, start_worker, (tokenizer_json,)) as pool:
         waiting = deque()
         for texts, reasons, cursor in chunks(files, start):
-            waiting.append((reasons, cursor, pool.submit(tokenize, texts)))
+            waiting.append((pool.submit(tokenize, texts), reasons, cursor))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft()
         yield from waiting
@@ -405,8 +410,8 @@ COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_densi
 
 
 class Packer:
-    """Appends documents to train.tokens and val.tokens in `work`. A run that resumes cuts off what
-    was written after the last save()."""
+    """Appends documents to train.tokens and val.tokens in `work`. A resumed run cuts off what was
+    written after the last save()."""
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
@@ -419,8 +424,8 @@ class Packer:
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
         self.hashes = open_at(work / "document.hashes", 8 * self.counts["documents_kept"])
-        # No set, which would grow: a hash overwrites whatever is in its slot. A copy is missed if
-        # another hash took the slot in between: 3 % of copies that are a million documents apart
+        # A set would grow. A hash overwrites what is in its slot, so a copy is missed if another
+        # hash took the slot in between: 3 % of copies that are a million documents apart
         self.slots = np.zeros(DUPLICATE_SLOTS, np.uint64)
         hashes = np.fromfile(self.hashes.name, np.uint64)
         self.slots[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the last one in a slot stays
@@ -469,11 +474,11 @@ def pack(files, tokenizer_json, work, seq_len, target):
     packer = Packer(work, seq_len)
     counts = packer.counts
     if counts["train_tokens"] >= target:
-        return counts  # the run was stopped while ordering rows
+        return counts  # an earlier run was stopped after packing
     total = target if files[0].startswith("hf://") else None  # other sources may end before it
     with progress_bar(
             desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
-        for reasons, cursor, future in tokenize_chunks(files, packer.cursor, tokenizer_json):
+        for future, reasons, cursor in tokenize_chunks(files, packer.cursor, tokenizer_json):
             for reason in reasons:
                 counts["invalid"] += 1
                 if counts["invalid"] <= REASONS_SHOWN:
@@ -495,15 +500,11 @@ def pack(files, tokenizer_json, work, seq_len, target):
 # ------------------------------------------------------------------------------- 6. Order
 
 
-def row_blocks(path, seq_len):
+def row_blocks(path, seq_len, dot):
+    """Yields blocks of whole rows (n, seq_len) and their sort keys (n,): the number of "."."""
     with open(path, "rb") as f:
         while len(rows := np.fromfile(f, (np.uint16, seq_len), BUCKET_TOKENS // seq_len)):
-            yield rows  # (n, seq_len), only whole rows
-
-
-def row_key(rows, dot):
-    """The number of "." in each row. Rows with the most come first."""
-    return (rows == dot).sum(1)
+            yield rows, (rows == dot).sum(1)
 
 
 def order_rows(work, out_path, seq_len, dot, vocab_size):
@@ -514,35 +515,33 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
-    tokens_path = work / "train.tokens"
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
-    for rows in row_blocks(tokens_path, seq_len):
-        per_key += np.bincount(row_key(rows, dot), minlength=seq_len + 1)
+    for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
+        per_key += np.bincount(keys, minlength=seq_len + 1)
         per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
     print(f"ordering {per_key.sum():,} rows")
 
     folder = work / "buckets"
     shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left some
     folder.mkdir()
+    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
     dealt = np.zeros(seq_len + 1, np.int64)
-    for rows in row_blocks(tokens_path, seq_len):
-        keys = row_key(rows, dot)
+    for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
         for key in np.unique(keys):
             same, n = rows[keys == key], n_buckets[key]
             for i in range(n):  # row r with this key goes to bucket r % n
-                with open(folder / f"{key}.{(dealt[key] + i) % n}", "ab") as bucket:
-                    bucket.write(same[i::n].tobytes())
+                with open(folder / f"{key}.{(dealt[key] + i) % n}", "ab") as f:
+                    f.write(same[i::n].tobytes())
             dealt[key] += len(same)
 
-    paths = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
-             for k in range(n_buckets[key])]
+    buckets = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
+               for k in range(n_buckets[key])]
     part, digest = out_path.with_suffix(".part"), hashlib.sha256()
     with open(part, "wb") as f:
-        for seed, path in enumerate(paths):
-            rows = np.fromfile(path, (np.uint16, seq_len))
-            path.unlink()
-            shuffled = rows[np.random.default_rng(seed).permutation(len(rows))].tobytes()
+        for seed, bucket in enumerate(buckets):
+            rows = np.fromfile(bucket, (np.uint16, seq_len))
+            bucket.unlink()
+            shuffled = np.random.default_rng(seed).permutation(rows).tobytes()
             f.write(shuffled)
             digest.update(shuffled)
         f.flush()
@@ -598,7 +597,7 @@ def parse_arguments():
 
 
 def read_earlier(out, work, arguments):
-    """What an earlier run in this folder recorded, or {}. Stops if its arguments were different."""
+    """The record of an earlier run in this folder, or {}. Stops if its arguments differ."""
     finished = out / "meta.json"
     path = finished if finished.exists() else work / "arguments.json"
     if not path.exists():
@@ -615,7 +614,7 @@ def prepare(files, args, out, work):
     """Make the files in `out`, resuming from `work`. Returns what meta.json says about them."""
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
-        texts = progress_bar(tokenizer_texts(files, TOKENIZER_CHARS), "tokenizer", unit=" lines")
+        texts = progress_bar(tokenizer_texts(files), "tokenizer", unit=" lines")
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -625,7 +624,6 @@ def prepare(files, args, out, work):
     print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     if counts["dropped_density"] > 0.1 * counts["documents_read"]:
         print("With a small --vocab-size even ordinary text is too dense: try a larger one")
-    tokens = counts["train_tokens"] + counts["val_tokens"]
     if counts["train_tokens"] < args.seq_len:
         shutil.rmtree(work, ignore_errors=True)  # so that another --source may be given
         raise SystemExit(f"--source {args.source}: too little text. Training and validation need a "
@@ -643,7 +641,8 @@ def prepare(files, args, out, work):
         "seq_len": args.seq_len, "vocab_size": vocab_size, "train_rows": n_rows,
         "val_rows": val_rows, **counts, "train_tokens": n_rows * args.seq_len,
         "val_tokens": val_rows * args.seq_len,
-        "characters_per_token": counts["characters_written"] / tokens,
+        "characters_per_token":
+            counts["characters_written"] / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy, "max_density": MAX_DENSITY,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         "train_sha256": sha256,
