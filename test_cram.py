@@ -88,8 +88,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 
 
 def hurried_prepare(**constants):
-    """For start: prepare.py with other constants, and without the pauses of the hub's client, which
-    waits for minutes."""
+    """For start: prepare.py with other constants, and with short pauses, also of the hub's client,
+    which waits for minutes."""
     return "-c", """
 import json, sys, time, prepare
 sleep, constants = time.sleep, json.loads(sys.argv.pop(1))
