@@ -262,20 +262,21 @@ def documents(files, file=0, row=0):
     """Yields (text, reason, cursor): a reader's pair and the place after it, (number of the file,
     documents read from that file), where a later call may start. If the hub does not answer, tries
     again for OUTAGE_SECONDS."""
-    answered = time.monotonic()
+    outage_began = None
     while file < len(files):
         path = files[file]
         read = read_python_docs if path == "python-docs" else read_file
         try:
             for text, reason in itertools.islice(read(path), row, None):
-                answered = time.monotonic()
+                outage_began = None
                 row += 1
                 yield text, reason, (file, row)
             file, row = file + 1, 0
         except Exception as error:
             if not path.startswith("hf://"):
                 raise
-            if time.monotonic() - answered > OUTAGE_SECONDS:
+            outage_began = outage_began or time.monotonic()  # a laptop may have slept before it
+            if time.monotonic() - outage_began > OUTAGE_SECONDS:
                 raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
                                  f"({error!r:.120}). {RESUME}") from None
             tqdm.write(f"the hub does not answer ({error!r:.120}); trying again")
