@@ -689,7 +689,8 @@ def train(s, saved):
     with clock.part("compile"):
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
-            microbatch = find_microbatch(microbatch, s, data.seq_len, model, forward_backward)
+            microbatch = find_microbatch(
+                microbatch, s, data.seq_len, model, optimizers, forward_backward)
             # The last microbatch of a step may be smaller, which compiles once more
             first_batch = batch_at(progress_at(clock.elapsed()), s)
             forward_backward(torch.zeros(first_batch, data.seq_len, dtype=torch.int32), microbatch)
@@ -702,19 +703,20 @@ def train(s, saved):
     elapsed = all_max(clock.elapsed())[0]
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
 
-    rows_left = math.inf  # that the budget still takes; inf: not known yet
+    # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
+    rows_left = math.inf
     if s.steps:
         rows_left = sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
-    # A thread reads the next rows while the card computes: s.batch rows, the most that a step
-    # takes, as the clock decides only later how many it takes
+    # A thread reads the next rows while the card computes. It reads s.batch rows, the most that a
+    # step takes: only later the clock decides how many it takes
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
     skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
     while True:
-        # 1. The processes agree on the time, the pace (0: not known yet; the mean of the whole run,
-        # so that a pause in one step decides nothing), and whether to stop
+        # 1. The processes agree on the time, the pace, and whether to stop. The pace is the mean of
+        # the whole run, so that a pause in one step decides nothing; 0: not known yet
         s_per_row = clock.training_s() / state.rows if state.rows else 0.0
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
@@ -952,13 +954,15 @@ def check_free_disk(out, model):
                         f"{(needed - there) / 1e6:,.0f} MB: make room, or give another --out")
 
 
-def find_microbatch(microbatch, s, seq_len, model, forward_backward):
+def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
     Tries two microbatches of zeros, which also compiles the code, beside as much memory as the
-    optimizers' two moments of each weight will take.
+    optimizers' moments will take: one of each weight in Muon, two in AdamW.
     """
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
+    moments = [torch.empty_like(p) for optimizer in optimizers  # noqa: F841
+               for group in optimizer.param_groups for p in group["params"]
+               for _ in range(1 if isinstance(optimizer, Muon) else 2)]
     while microbatch:
         out_of_memory = False
         rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
