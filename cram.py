@@ -637,7 +637,8 @@ class TrainState:
 @sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved):
-    """Train by the settings s. `saved` is what last.pt holds, or {} for a new run."""
+    """Train by the settings s. `saved` is what last.pt holds, or {} for a new run. Returns the
+    number of the signal that stopped the run, if one did."""
     clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
     saved.get("state", {}).pop("s_per_row", None)  # an earlier version kept it
     state = TrainState(**saved.get("state", {}))
@@ -683,7 +684,7 @@ def train(s, saved):
                 save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
             return True
         except OSError as error:
-            say(f"{error}; last.pt stays as it was")
+            say(f"{error} Training continues; last.pt stays as it was")
             return False
 
     with clock.part("compile"):
@@ -702,6 +703,8 @@ def train(s, saved):
     print_header(data, model, device, dtype, use_compile, microbatch)
     elapsed = all_max(clock.elapsed())[0]
     log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
+    if state.step and progress_at(elapsed) >= 1:
+        say("this budget is spent: no step is taken, and the model is written as it stands")
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
     rows_left = math.inf
@@ -780,7 +783,7 @@ def train(s, saved):
         if not save_last():
             raise CramError(f"stopped after step {state.step:,}, which could not be saved")
         say(f"stopped after step {state.step:,}; continue with --resume")
-        return
+        return int(stopping)
     if not state.step:
         raise CramError("the budget was over before the first step")
 
@@ -1059,14 +1062,14 @@ class Stop:
     Ignored signals stay ignored: nohup relies on it."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # number of the signal
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.asked = True
+        self.asked = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         if RANK == 0:
@@ -1135,7 +1138,7 @@ def save_atomic(path, content):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports some write errors as RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path} ({error}): is the disk full?") from error
 
 
 def load_file(path, needed):
@@ -1394,15 +1397,19 @@ def main():
         raise CramError(f"{out} holds a run: give another --out, or continue it with --resume")
     saved = load_file(out / "last.pt", "state") if resume else {}
     given["out"] = str(out)  # it may have been moved since
-    train(resolve_settings(given, saved), saved)
+    stopped_by = train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
         all_max(0)  # rank 0 may still be writing
         dist.destroy_process_group()
+    return stopped_by
 
 
 if __name__ == "__main__":
     try:
-        main()
+        number = main()
+        if number and WORLD_SIZE == 1:  # end by it, so that a shell's && or loop goes no further
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     except (CramError, OSError) as error:
         sys.exit(f"cram.py: {error}")
     except torch.OutOfMemoryError:

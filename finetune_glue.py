@@ -160,7 +160,9 @@ def load_task(name, args, tokenizer, device):
     task, splits, hashed = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows = read_split(name, split, args.data)
-        texts = [[row[column] for row in rows] for column in task.columns]
+        # "ignore": half a surrogate pair, as in broken JSON, is no text
+        texts = [[row[column].encode("utf-8", "ignore").decode() for row in rows]
+                 for column in task.columns]
         labels = [0 if split in task.test else row["label"] for row in rows]
         if split not in task.test:
             hashed += [texts, labels]
@@ -399,8 +401,11 @@ def run_trials(trials, bar):
 def update_results(path, key=None, scores=None):
     """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
     anew each time, as another command may have written to it."""
-    results = json.loads(path.read_text()) if path.exists() else []
-    if not isinstance(results, list):
+    try:
+        results = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        results = None
+    if not (isinstance(results, list) and all(isinstance(result, dict) for result in results)):
         raise CramError(f"{path} is not a results file of this version: move it away")
     if key:
         results = [result for result in results if not key.items() <= result.items()]
