@@ -946,7 +946,8 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
         children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
         os.kill(int(children[-1]), number)
         printed, _ = two.communicate(timeout=120)
-        assert two.returncode == code and words in printed and not (out / "ckpt.pt").exists()
+        assert two.returncode == code and words in printed, printed
+        assert not (out / "ckpt.pt").exists()
         train("two", resume=True, stop_after=1)
     assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
 
