@@ -637,8 +637,8 @@ class TrainState:
 @sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved):
-    """Train by the settings s. `saved` is what last.pt holds, or {} for a new run. Returns the
-    number of the signal that stopped the run, if one did."""
+    """Train by the settings s. `saved` is what last.pt holds, or {}. Returns the number of the
+    signal that stopped the run, or None."""
     clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
     saved.get("state", {}).pop("s_per_row", None)  # an earlier version kept it
     state = TrainState(**saved.get("state", {}))
@@ -693,8 +693,8 @@ def train(s, saved):
             microbatch = find_microbatch(
                 microbatch, s, data.seq_len, model, optimizers, forward_backward)
             # The last microbatch of a step may be smaller, which compiles once more
-            first_batch = batch_at(progress_at(clock.elapsed()), s)
-            forward_backward(torch.zeros(first_batch, data.seq_len, dtype=torch.int32), microbatch)
+            batch = batch_at(progress_at(clock.elapsed()), s)
+            forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
             model.zero_grad()
     if saved:
         restore(saved, s, data, model, optimizers, scaler)
@@ -710,8 +710,8 @@ def train(s, saved):
     rows_left = math.inf
     if s.steps:
         rows_left = sum(batch_at(k / s.steps, s) for k in range(state.step, s.steps))
-    # A thread reads the next rows while the card computes. It reads s.batch rows, the most that a
-    # step takes: only later the clock decides how many it takes
+    # A thread reads the next s.batch rows while the card computes. How many of them the step takes
+    # is decided later, by the clock
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
     skipped_in_a_row, saved_at = 0, time.monotonic()

@@ -882,6 +882,13 @@ def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeyp
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
+def test_the_clock_of_the_log_strikes_at_round_steps():
+    """In floating point 0.29 * 100 is less than 29."""
+    log = cram.Log.__new__(cram.Log)
+    log.progress, log.lines = 0.0, 100
+    assert [k for k in range(1, 1000) if log.due(k / 1000)[0]] == [*range(10, 1000, 10)]
+
+
 def test_the_clock_is_known_after_a_resume(train):
     """11 of 12 s are over, and a step takes 1.1 s: none is begun, and the run ends."""
     train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
