@@ -677,16 +677,6 @@ def train(s, saved):
     def progress_at(elapsed):
         return state.step / s.steps if s.steps else elapsed / budget_s
 
-    def save_last():
-        """Whether last.pt could be written. A full disk ends no run."""
-        try:
-            with clock.part("save"):
-                save_run(out / "last.pt", s, data, state, clock, model, optimizers, scaler)
-            return True
-        except OSError as error:
-            say(f"{error} Training continues; last.pt stays as it was")
-            return False
-
     with clock.part("compile"):
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
@@ -714,6 +704,7 @@ def train(s, saved):
     # is decided later, by the clock
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
+    save_last = functools.partial(save_run, s, data, state, clock, model, optimizers, scaler)
     skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
 
@@ -1099,15 +1090,22 @@ def diverged(what):
                      "and another --out")
 
 
-def save_run(path, s, data, state, clock, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs. Weights that are not finite do not replace it."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise diverged("the weights are")
-    save_atomic(path, {
-        "settings": asdict(s), "data": data.hashes, "state": asdict(state),
-        "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
-        "model": model.state_dict(), "scaler": scaler.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+def save_run(s, data, state, clock, model, optimizers, scaler):
+    """Write last.pt, all that a resume needs: whether that worked, as a full disk ends no run.
+    Weights that are not finite do not replace it."""
+    with clock.part("save"):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise diverged("the weights are")
+        try:
+            save_atomic(Path(s.out) / "last.pt", {
+                "settings": asdict(s), "data": data.hashes, "state": asdict(state),
+                "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
+                "model": model.state_dict(), "scaler": scaler.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        except OSError as error:
+            say(f"{error} Training continues; last.pt stays as it was")
+            return False
+    return True
 
 
 def restore(saved, s, data, model, optimizers, scaler):
