@@ -448,6 +448,11 @@ def mask_seed(seed, step):
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
+def progress_at(elapsed, step, s):
+    """The fraction of the budget that is spent: of its time, or with --steps of its steps."""
+    return step / s.steps if s.steps else elapsed / (3600 * s.hours)
+
+
 def lr_at(progress, s):
     """Learning rate when the fraction `progress` of the budget is spent.
 
@@ -674,16 +679,13 @@ def train(s, saved):
             total = total + metrics.detach()
         return total
 
-    def progress_at(elapsed):
-        return state.step / s.steps if s.steps else elapsed / budget_s
-
     with clock.part("compile"):
         microbatch = s.microbatch or (512 if on_card else 32)
         if use_compile or on_card:
             microbatch = find_microbatch(
                 microbatch, s, data.seq_len, model, optimizers, forward_backward)
             # The last microbatch of a step may be smaller, which compiles once more
-            batch = batch_at(progress_at(clock.elapsed()), s)
+            batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
             forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
             model.zero_grad()
     if saved:
@@ -691,9 +693,9 @@ def train(s, saved):
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     print_header(data, model, device, dtype, use_compile, microbatch)
-    elapsed = all_max(clock.elapsed())[0]
-    log = Log(s, data, model, state, clock, progress_at(elapsed), peak_flops)
-    if state.step and progress_at(elapsed) >= 1:
+    progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
+    log = Log(s, data, model, state, clock, progress, peak_flops)
+    if state.step and progress >= 1:
         say("this budget is spent: no step is taken, and the model is written as it stands")
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
@@ -715,7 +717,7 @@ def train(s, saved):
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
-        progress = progress_at(elapsed)
+        progress = progress_at(elapsed, state.step, s)
         batch, lr = batch_at(progress, s), lr_at(progress, s)
         too_late = not s.steps and elapsed + batch * s_per_row > budget_s
         if stopping or progress >= 1 or too_late:
@@ -757,7 +759,7 @@ def train(s, saved):
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
         elapsed = all_max(clock.elapsed())[0]  # again: all must validate, or none
-        progress = progress_at(elapsed)
+        progress = progress_at(elapsed, state.step, s)
         line_due, validation_due = log.due(progress)
         if line_due:
             with clock.part("validate"):
