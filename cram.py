@@ -1140,19 +1140,18 @@ def save_atomic(path, content):
 
 
 def load_file(path, needed):
-    """What save_atomic wrote, with the key `needed`. With weights_only no code in it is run."""
+    """What save_atomic wrote, its settings as `Settings`. With weights_only no code is run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
                         "stopped needs --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError,
-            TypeError) as error:
+        content["settings"] = Settings(**content["settings"])  # what is missing takes its default
+    except TypeError as error:
+        raise CramError(f"{path} is not from this version of cram.py: {error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
                         f"({type(error).__name__})") from None
-    if unknown:  # what is missing takes its default: an earlier version did not have it
-        raise CramError(f"{path} is from another version of cram.py, with {', '.join(unknown)}")
     if needed not in content:
         raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
                         "finished model, and neither can take the other's place")
@@ -1201,7 +1200,7 @@ def load_checkpoint(path, device="cpu", generator=False):
     content = load_file(path, "tokenizer")
     name = "generator" if generator and "generator" in content else "model"
     model = networks_of(build_model(
-        Settings(**content["settings"]), content["vocab_size"], content["seq_len"]))[name]
+        content["settings"], content["vocab_size"], content["seq_len"]))[name]
     model.load_state_dict(content[name])
     return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 
@@ -1329,7 +1328,6 @@ def check(s):
 
 def resolve_settings(given, saved):
     """What was given on the command line, over the settings of last.pt or of the recipe."""
-    given = dict(given)
     if len({"hours", "minutes", "steps"} & set(given)) > 1:
         raise CramError("give one of --hours, --minutes and --steps")
     if "minutes" in given:
@@ -1337,7 +1335,7 @@ def resolve_settings(given, saved):
     if "hours" in given:
         given["steps"] = 0
     recipe = RECIPES[given.get("recipe", Settings.recipe)]
-    base = Settings(**(saved["settings"] if saved else recipe))
+    base = saved["settings"] if saved else Settings(**recipe)
     s = replace(base, **given)
     check(s)
     if saved:
