@@ -167,6 +167,8 @@ class CrammedBERT(nn.Module):
         self.seq_len = seq_len
         self.objective = s.objective
         C = s.width
+        if C % (2 * s.heads):
+            raise CramError(f"a width of {C} must be an even multiple of its {s.heads} heads")
         self.embed = nn.Embedding(vocab_size, C) if embed is None else embed
         E = self.embed.embedding_dim
         if modernbert:
@@ -361,7 +363,7 @@ class Electra(nn.Module):
         self.discriminator = CrammedBERT(s, vocab_size, seq_len)
         self.generator = CrammedBERT(
             replace(s, objective="mlm", layers=s.generator_layers, width=s.generator_width,
-                    heads=generator_heads(s)),
+                    heads=max(1, s.generator_width // 64)),
             vocab_size, seq_len, embed=self.discriminator.embed)
 
     def forward(self, ids, where, targets, uniform):
@@ -392,10 +394,6 @@ class Electra(nn.Module):
     def flops_per_token(self, decoded):
         return sum(network.flops_per_token(decoded)
                    for network in (self.generator, self.discriminator))
-
-
-def generator_heads(s):
-    return max(1, s.generator_width // 64)
 
 
 @torch.no_grad()
@@ -1321,9 +1319,6 @@ def check(s):
             value = getattr(s, name)
             if not holds(value):
                 raise CramError(f"--{name.replace('_', '-')} must be {what}, not {value}")
-    for width, heads in ((s.width, s.heads), (s.generator_width, generator_heads(s))):
-        if width % (2 * heads):
-            raise CramError(f"a width of {width} must be an even multiple of its {heads} heads")
 
 
 def resolve_settings(given, saved):
