@@ -613,6 +613,7 @@ def validation_set(data, device):
 # ------------------------------------------------------------------------------------- 5. Training
 
 MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first, until its loss scale is found
+DIVERGED = "not finite: the run has diverged. Start again with a smaller --lr and another --out"
 
 
 @dataclass
@@ -749,7 +750,7 @@ def train(s, saved):
             state.skipped += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == MAX_SKIPPED:
-                raise diverged(f"the losses or gradients of {MAX_SKIPPED} steps in a row are")
+                raise CramError(f"the gradients of {MAX_SKIPPED} steps in a row are {DIVERGED}")
         scaler.update()
         model.zero_grad()
 
@@ -782,7 +783,7 @@ def train(s, saved):
     # larger budget cuts this last line off again, as `log_bytes` does not count it.
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
-        raise diverged("the validation loss is")
+        raise CramError(f"the validation loss is {DIVERGED}")
     save_atomic(out / "ckpt.pt", {
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
         "tokenizer": data.tokenizer_json, "result": result,
@@ -1083,17 +1084,12 @@ def validate(model, autocast, val_set, rows_at_once):
             "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
 
 
-def diverged(what):
-    return CramError(f"{what} not finite: the run has diverged. Start again with a smaller --lr "
-                     "and another --out")
-
-
 def save_run(s, data, state, clock, model, optimizers, scaler):
     """Write last.pt, all that a resume needs: whether that worked, as a full disk ends no run.
     Weights that are not finite do not replace it."""
     with clock.part("save"):
         if not all(p.isfinite().all() for p in model.parameters()):
-            raise diverged("the weights are")
+            raise CramError(f"the weights are {DIVERGED}")
         try:
             save_atomic(Path(s.out) / "last.pt", {
                 "settings": asdict(s), "data": data.hashes, "state": asdict(state),
