@@ -58,10 +58,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass
 class Settings:
-    """All settings of a run. Each is a flag of the same name, and its comment is the flag's help.
-
-    The defaults are those of --recipe crammed.
-    """
+    """All settings of a run, by default those of --recipe crammed. Each is a flag of the same name,
+    and its comment is the flag's help."""
 
     recipe: str = "crammed"  # crammed: the paper's; modern, electra: ours (README.md)
 
@@ -128,7 +126,6 @@ RECIPES = {  # what a recipe sets where the command line does not
 }
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # prepare.py puts the special tokens first
-
 
 # torchrun starts a process for each GPU. All hold the same weights and go through the same steps,
 # each with its share of the rows; rank 0 prints, logs and saves. my_rows and all_sum: section 6.
@@ -1341,7 +1338,7 @@ def resolve_settings(given, saved):
 
 
 def parse_arguments():
-    """What the command line gives: a flag for each setting, whose comment is the flag's help."""
+    """What the command line gives: name -> value, without the flags that are not on it."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Settings), re.M))
     parser = argparse.ArgumentParser(
         usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
