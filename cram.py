@@ -143,9 +143,6 @@ class CramError(Exception):
 class CrammedBERT(nn.Module):
     """A BERT of 119.6 M parameters at the paper's size.
 
-    `encode` maps token ids (B, T) to hidden states (B, T, C), `logits` maps them to (B, T, V), and
-    `forward` is the masked language modelling loss.
-
     With --model modernbert this is what Hugging Face transformers calls ModernBERT, with global
     attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
     at the entrance of the first block (the embedding's norm is there), a head before the decoder.
@@ -250,14 +247,10 @@ class CrammedBERT(nn.Module):
         return (x.float() * self.score).sum(-1) + self.score_bias
 
     def flops_per_token(self, decoded):
-        """Floating-point operations to train on one token, forward and backward, where the
-        decoder sees the fraction `decoded` of the tokens.
-
-        6 for each weight of the blocks, 12·T·C a layer for the two products of attention, 6 for
-        each weight of the decoder: 623 M at the paper's size and a quarter decoded.
-        """
-        weights = sum(p.numel() for p in self.blocks.parameters())
-        attention = 12 * len(self.blocks) * self.seq_len * len(self.final_norm.weight)
+        """Floating-point operations to train on one token, where the decoder sees the fraction
+        `decoded` of the tokens: 623 M at the paper's size and a quarter decoded."""
+        weights = sum(p.numel() for p in self.blocks.parameters())  # each: 2 forward, 4 backward
+        attention = 12 * len(self.blocks) * self.seq_len * len(self.final_norm.weight)  # 2 products
         return 6 * weights + attention + 6 * decoded * self.embed.weight.numel()
 
 
