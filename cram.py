@@ -19,9 +19,6 @@ One Day" (Geiping & Goldstein, arXiv 2212.14034, version 2). What is special abo
 
 `modern` and `electra` are our own recipes and learn faster (RECIPES has what they change, README.md
 what they reach): rotary positions and Muon; `electra` also trains on replaced-token detection.
-
-Sections: 1 settings, 2 model, 3 recipe, 4 data, 5 training, 6 what train calls, in its order, 7 the
-finished model, 8 command line.
 """
 
 import argparse
