@@ -1072,8 +1072,8 @@ def validate(model, autocast, val_set, rows_at_once):
 
 
 def save_run(s, data, state, clock, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs: whether that worked, as a full disk ends no run.
-    Weights that are not finite do not replace it."""
+    """Write last.pt, all that a resume needs. False if it cannot be written: a full disk ends no
+    run. Weights that are not finite end it, and do not replace last.pt."""
     with clock.part("save"):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise CramError(f"the weights are {DIVERGED}")
