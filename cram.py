@@ -1180,8 +1180,8 @@ def load_checkpoint(path, device="cpu", generator=False):
     """
     content = load_file(path, "tokenizer")
     name = "generator" if generator and "generator" in content else "model"
-    model = networks_of(build_model(
-        content["settings"], content["vocab_size"], content["seq_len"]))[name]
+    whole = build_model(content["settings"], content["vocab_size"], content["seq_len"])
+    model = networks_of(whole)[name]
     model.load_state_dict(content[name])
     return model.to(device).eval(), Tokenizer.from_str(content["tokenizer"])
 
