@@ -401,12 +401,10 @@ def run_trials(trials, bar):
 def update_results(path, key=None, scores=None):
     """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
     anew each time, as another command may have written to it."""
-    try:
-        results = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        results = None
-    if not (isinstance(results, list) and all(isinstance(result, dict) for result in results)):
-        raise CramError(f"{path} is not a results file of this version: move it away")
+    try:  # dict() raises for any other content
+        results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
+    except (ValueError, TypeError):
+        raise CramError(f"{path} is not a results file of this version: move it away") from None
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
