@@ -69,8 +69,7 @@ PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87
          "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
 
 MAX_LENGTH = 128  # tokens of an example
-BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens. With two kinds of block these are
-#              eight compiled versions, the limit of torch.compile (recompile_limit)
+BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens; `record_graphs` allows no more
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -317,11 +316,11 @@ class Trial:
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently, so only the task decides whether to compile: a seed's
-        # score must not change with the other tasks or the number of trials
+        # Compiled code rounds differently, so nothing but the task decides whether to compile
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # All blocks of all trials share one compiled version per length; in modernbert two, as
-            # its first block has no norm. Evaluation has many other shapes and runs eagerly
+            # All blocks of all trials share one version per length; in modernbert two, as its first
+            # block has no norm. torch.compile allows eight (recompile_limit), so evaluation, which
+            # has many other shapes, runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
