@@ -355,16 +355,14 @@ def tokenize(texts):
 
 
 def chunks(files, start):
-    """Yields (texts, reasons, cursor): texts for one call of `tokenize`, the reasons for unreadable
-    documents among them, and the place after them."""
+    """Yields (texts, reasons, cursor): documents for one call of `tokenize`, and the place after
+    them. One that cannot be read has the text "" and a reason, the others None."""
     texts, reasons, size, cursor = [], [], 0, start
     for text, reason, cursor in documents(files, *start):
-        if text is None:
-            reasons.append(reason)
-        else:
-            texts.append(text)
-            size += len(text)
-        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
+        texts.append(text or "")
+        reasons.append(reason)
+        size += len(texts[-1])
+        if size >= 500_000 or len(texts) >= 2_000:
             yield texts, reasons, cursor
             texts, reasons, size = [], [], 0
     yield texts, reasons, cursor
@@ -480,14 +478,12 @@ def pack(files, tokenizer_json, work, seq_len, target):
     with progress_bar(
             desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
         for future, reasons, cursor in tokenize_chunks(files, packer.cursor, tokenizer_json):
-            for reason in reasons:
-                counts["invalid"] += 1
-                if counts["invalid"] <= REASONS_SHOWN:
+            for reason, document in zip(reasons, future.result()):
+                key = "invalid" if reason else packer.add_document(*document)
+                counts[key] += 1
+                if reason and counts[key] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
-            tokenized = future.result()
-            for document in tokenized:
-                counts[packer.add_document(*document)] += 1
-            counts["documents_read"] += len(reasons) + len(tokenized)
+            counts["documents_read"] += len(reasons)
             packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
             if counts["train_tokens"] >= target:
