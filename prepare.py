@@ -450,12 +450,8 @@ class Packer:
 
         if counts["val_tokens"] < self.seq_len:  # val.bin gets a row, however small the text
             n_val = self.seq_len - counts["val_tokens"]
-        elif digest % VAL_EVERY:  # by hash, so that undetected copies go to the same side
-            n_val = 0
-        elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
-            n_val = len(ids)
-        else:
-            return "documents_kept"  # in neither file: a copy of it may be in val.bin, now full
+        else:  # by hash, so that undetected copies go to the same side
+            n_val = 0 if digest % VAL_EVERY else len(ids)
         self.val.write(ids[:n_val].tobytes())
         self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
@@ -630,14 +626,13 @@ def prepare(files, args, out, work):
 
     n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len,
                                          tokenizer.token_to_id("."), vocab_size)
-    val = np.fromfile(work / "val.tokens", np.uint16)
-    val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
-    write_atomic(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
+    val = np.fromfile(work / "val.tokens", (np.uint16, args.seq_len), VAL_MAX_ROWS)
+    write_atomic(out / "val.bin", val.tobytes())
     write_atomic(out / "tokenizer.json", tokenizer_json.encode())
     return {
         "seq_len": args.seq_len, "vocab_size": vocab_size, "train_rows": n_rows,
-        "val_rows": val_rows, **counts, "train_tokens": n_rows * args.seq_len,
-        "val_tokens": val_rows * args.seq_len,
+        "val_rows": len(val), **counts,
+        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,
         "characters_per_token":
             counts["characters_written"] / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy, "max_density": MAX_DENSITY,
