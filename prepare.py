@@ -500,7 +500,7 @@ def row_blocks(path, seq_len, dot):
             yield rows, (rows == dot).sum(1)
 
 
-def order_rows(work, out_path, seq_len, dot, vocab_size):
+def order_rows(work, out_path, seq_len, tokenizer):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
     Rows with the same number are shuffled: training must not see one source file after another.
@@ -508,6 +508,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
+    dot, vocab_size = tokenizer.token_to_id("."), tokenizer.get_vocab_size()
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
         per_key += np.bincount(keys, minlength=seq_len + 1)
@@ -611,7 +612,6 @@ def prepare(files, args, out, work):
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    vocab_size = tokenizer.get_vocab_size()
 
     counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
     print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
@@ -624,13 +624,12 @@ def prepare(files, args, out, work):
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
-    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len,
-                                         tokenizer.token_to_id("."), vocab_size)
+    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
     val = np.fromfile(work / "val.tokens", (np.uint16, args.seq_len), VAL_MAX_ROWS)
     write_atomic(out / "val.bin", val.tobytes())
     write_atomic(out / "tokenizer.json", tokenizer_json.encode())
     return {
-        "seq_len": args.seq_len, "vocab_size": vocab_size, "train_rows": n_rows,
+        "seq_len": args.seq_len, "vocab_size": tokenizer.get_vocab_size(), "train_rows": n_rows,
         "val_rows": len(val), **counts,
         "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,
         "characters_per_token":
