@@ -349,8 +349,7 @@ def tokenize(texts):
         ids.append(np.array([SEP], np.uint16))
         normal = " ".join(normal)
         digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
-        digest = int.from_bytes(digest, "little")
-        results.append((np.concatenate(ids), len(normal), digest))
+        results.append((np.concatenate(ids), len(normal), int.from_bytes(digest, "little")))
     return results
 
 
