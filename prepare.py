@@ -403,17 +403,15 @@ def open_at(path, size):
     return f
 
 
-COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
-          "dropped_duplicate", "train_tokens", "val_tokens", "characters_written")
-
-
 class Packer:
     """Appends documents to train.tokens and val.tokens in `work`. A resumed run cuts off what was
     written after the last save()."""
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
-        self.cursor, self.counts = (0, 0), dict.fromkeys(COUNTS, 0)
+        self.cursor, self.counts = (0, 0), dict.fromkeys((
+            "documents_read", "documents_kept", "empty", "invalid", "dropped_density",
+            "dropped_duplicate", "train_tokens", "val_tokens", "characters_written"), 0)
         if self.path.exists():
             progress = json.loads(self.path.read_text())
             self.cursor, self.counts = progress["cursor"], progress["counts"]
