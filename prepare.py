@@ -464,23 +464,20 @@ def pack(files, tokenizer_json, work, seq_len, target):
     progress saved and the target checked. Returns the counts.
     """
     packer = Packer(work, seq_len)
-    counts = packer.counts
-    if counts["train_tokens"] >= target:
-        return counts  # an earlier run was stopped after packing
+    counts, tokenized = packer.counts, tokenize_chunks(files, packer.cursor, tokenizer_json)
     total = target if files[0].startswith("hf://") else None  # other sources may end before it
     with progress_bar(
             desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
-        for future, reasons, cursor in tokenize_chunks(files, packer.cursor, tokenizer_json):
+        # A run that was stopped after packing reads no chunk
+        while counts["train_tokens"] < target and (chunk := next(tokenized, None)):
+            future, reasons, packer.cursor = chunk
             for reason, document in zip(reasons, future.result()):
                 key = "invalid" if reason else packer.add_document(*document)
                 counts[key] += 1
                 if reason and counts[key] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
             counts["documents_read"] += len(reasons)
-            packer.cursor = cursor
             bar.update(counts["train_tokens"] - bar.n)
-            if counts["train_tokens"] >= target:
-                break
             if time.monotonic() - packer.saved_at > SAVE_SECONDS:
                 packer.save()
     packer.save()
