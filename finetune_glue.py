@@ -370,8 +370,7 @@ class Trial:
                 outputs.append(self.model(ids, ids != PAD).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
-            print("this trial diverged, the next score is that of a constant answer: try a smaller "
-                  "--lr", flush=True)
+            print("this trial diverged and scores as a constant: try a smaller --lr", flush=True)
             logits = np.zeros_like(logits)
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
