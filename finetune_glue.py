@@ -130,9 +130,8 @@ def read_split(name, split, folder):
             where, open_file = where.with_suffix(""), open
         try:
             with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig skips a byte order mark
-                for line in f:
-                    if line.strip():
-                        rows.append(json.loads(line))
+                for line in filter(str.strip, f):  # not the blank ones
+                    rows.append(json.loads(line))
         except (ValueError, EOFError, lzma.LZMAError) as error:  # not JSON, not UTF-8, cut off
             raise CramError(f"{where}, after {len(rows)} rows: {error}") from None
 
