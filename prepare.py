@@ -253,9 +253,8 @@ def hub_files(name):
     try:
         return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
     except Exception as error:  # of any of four HTTP libraries
-        raise SystemExit(
-            f"cannot open {HUB[name][0]} on the Hugging Face hub ({error!r:.120}). Without a "
-            "network, use --source python-docs or a path to text files of your own.") from None
+        raise SystemExit(f"cannot open {HUB[name][0]} on the hub ({error!r:.120}). Without a "
+                         "network, use --source python-docs or text files of your own.") from None
 
 
 def documents(files, file=0, row=0):
