@@ -465,8 +465,7 @@ def pack(files, tokenizer_json, work, seq_len, target):
     packer = Packer(work, seq_len)
     counts, tokenized = packer.counts, tokenize_chunks(files, packer.cursor, tokenizer_json)
     total = target if files[0].startswith("hf://") else None  # other sources may end before it
-    with progress_bar(
-            desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
+    with progress_bar(None, "tokens", total, unit="tok", initial=counts["train_tokens"]) as bar:
         # A run that was stopped after packing reads no chunk
         while counts["train_tokens"] < target and (chunk := next(tokenized, None)):
             future, reasons, packer.cursor = chunk
