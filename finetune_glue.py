@@ -317,9 +317,9 @@ class Trial:
         """Record step(T) as a CUDA graph for each length T of the trial."""
         # Compiled code rounds differently, so nothing but the task decides whether to compile
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # All blocks of all trials share one version per length; in modernbert two, as its first
-            # block has no norm. torch.compile allows eight (recompile_limit), so evaluation, which
-            # has many other shapes, runs eagerly
+            # All blocks of all trials share one compiled version per length; in modernbert two, as
+            # its first block has no norm: eight, the limit of torch.compile (recompile_limit).
+            # Evaluation has many other shapes and runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
