@@ -69,8 +69,7 @@ PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87
          "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
 
 MAX_LENGTH = 128  # tokens of an example
-BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens. With two kinds of block these are
-#              eight compiled versions, the limit of torch.compile (recompile_limit)
+BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens; `record_graphs` allows no more
 
 
 # -------------------------------------------------------------------------------- 2. Metrics
@@ -131,9 +130,8 @@ def read_split(name, split, folder):
             where, open_file = where.with_suffix(""), open
         try:
             with open_file(where, "rt", encoding="utf-8-sig") as f:  # -sig skips a byte order mark
-                for line in f:
-                    if line.strip():
-                        rows.append(json.loads(line))
+                for line in filter(str.strip, f):  # not the blank ones
+                    rows.append(json.loads(line))
         except (ValueError, EOFError, lzma.LZMAError) as error:  # not JSON, not UTF-8, cut off
             raise CramError(f"{where}, after {len(rows)} rows: {error}") from None
 
@@ -317,11 +315,11 @@ class Trial:
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently, so only the task decides whether to compile: a seed's
-        # score must not change with the other tasks or the number of trials
+        # Compiled code rounds differently, so nothing but the task decides whether to compile
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
             # All blocks of all trials share one compiled version per length; in modernbert two, as
-            # its first block has no norm. Evaluation has many other shapes and runs eagerly
+            # its first block has no norm: eight, the limit of torch.compile (recompile_limit).
+            # Evaluation has many other shapes and runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
@@ -371,8 +369,7 @@ class Trial:
                 outputs.append(self.model(ids, ids != PAD).float())
         logits = torch.cat(outputs).cpu()[order.argsort()].numpy()
         if not np.isfinite(logits).all():
-            print("this trial diverged, the next score is that of a constant answer: try a smaller "
-                  "--lr", flush=True)
+            print("this trial diverged and scores as a constant: try a smaller --lr", flush=True)
             logits = np.zeros_like(logits)
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
@@ -401,12 +398,10 @@ def run_trials(trials, bar):
 def update_results(path, key=None, scores=None):
     """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
     anew each time, as another command may have written to it."""
-    try:
-        results = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        results = None
-    if not (isinstance(results, list) and all(isinstance(result, dict) for result in results)):
-        raise CramError(f"{path} is not a results file of this version: move it away")
+    try:  # dict() raises for any other content
+        results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
+    except (ValueError, TypeError):
+        raise CramError(f"{path} is not a results file of this version: move it away") from None
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -253,9 +253,8 @@ def hub_files(name):
     try:
         return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
     except Exception as error:  # of any of four HTTP libraries
-        raise SystemExit(
-            f"cannot open {HUB[name][0]} on the Hugging Face hub ({error!r:.120}). Without a "
-            "network, use --source python-docs or a path to text files of your own.") from None
+        raise SystemExit(f"cannot open {HUB[name][0]} on the hub ({error!r:.120}). Without a "
+                         "network, use --source python-docs or text files of your own.") from None
 
 
 def documents(files, file=0, row=0):
@@ -349,22 +348,19 @@ def tokenize(texts):
         ids.append(np.array([SEP], np.uint16))
         normal = " ".join(normal)
         digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
-        digest = int.from_bytes(digest, "little")
-        results.append((np.concatenate(ids), len(normal), digest))
+        results.append((np.concatenate(ids), len(normal), int.from_bytes(digest, "little")))
     return results
 
 
 def chunks(files, start):
-    """Yields (texts, reasons, cursor): texts for one call of `tokenize`, the reasons for unreadable
-    documents among them, and the place after them."""
+    """Yields (texts, reasons, cursor): documents for one call of `tokenize`, and the place after
+    them. One that cannot be read has the text "" and a reason, the others None."""
     texts, reasons, size, cursor = [], [], 0, start
     for text, reason, cursor in documents(files, *start):
-        if text is None:
-            reasons.append(reason)
-        else:
-            texts.append(text)
-            size += len(text)
-        if size >= 500_000 or len(texts) + len(reasons) >= 2_000:
+        texts.append(text or "")
+        reasons.append(reason)
+        size += len(texts[-1])
+        if size >= 500_000 or len(texts) >= 2_000:
             yield texts, reasons, cursor
             texts, reasons, size = [], [], 0
     yield texts, reasons, cursor
@@ -406,17 +402,15 @@ def open_at(path, size):
     return f
 
 
-COUNTS = ("documents_read", "documents_kept", "empty", "invalid", "dropped_density",
-          "dropped_duplicate", "train_tokens", "val_tokens", "characters_written")
-
-
 class Packer:
     """Appends documents to train.tokens and val.tokens in `work`. A resumed run cuts off what was
     written after the last save()."""
 
     def __init__(self, work, seq_len):
         self.path, self.seq_len, self.saved_at = work / "progress.json", seq_len, time.monotonic()
-        self.cursor, self.counts = (0, 0), dict.fromkeys(COUNTS, 0)
+        self.cursor, self.counts = (0, 0), dict.fromkeys((
+            "documents_read", "documents_kept", "empty", "invalid", "dropped_density",
+            "dropped_duplicate", "train_tokens", "val_tokens", "characters_written"), 0)
         if self.path.exists():
             progress = json.loads(self.path.read_text())
             self.cursor, self.counts = progress["cursor"], progress["counts"]
@@ -452,12 +446,8 @@ class Packer:
 
         if counts["val_tokens"] < self.seq_len:  # val.bin gets a row, however small the text
             n_val = self.seq_len - counts["val_tokens"]
-        elif digest % VAL_EVERY:  # by hash, so that undetected copies go to the same side
-            n_val = 0
-        elif counts["val_tokens"] < VAL_MAX_ROWS * self.seq_len:
-            n_val = len(ids)
-        else:
-            return "documents_kept"  # in neither file: a copy of it may be in val.bin, now full
+        else:  # by hash, so that undetected copies go to the same side
+            n_val = 0 if digest % VAL_EVERY else len(ids)
         self.val.write(ids[:n_val].tobytes())
         self.train.write(ids[n_val:].tobytes())
         counts["val_tokens"] += len(ids[:n_val])
@@ -473,25 +463,19 @@ def pack(files, tokenizer_json, work, seq_len, target):
     progress saved and the target checked. Returns the counts.
     """
     packer = Packer(work, seq_len)
-    counts = packer.counts
-    if counts["train_tokens"] >= target:
-        return counts  # an earlier run was stopped after packing
+    counts, tokenized = packer.counts, tokenize_chunks(files, packer.cursor, tokenizer_json)
     total = target if files[0].startswith("hf://") else None  # other sources may end before it
-    with progress_bar(
-            desc="tokens", unit="tok", total=total, initial=counts["train_tokens"]) as bar:
-        for future, reasons, cursor in tokenize_chunks(files, packer.cursor, tokenizer_json):
-            for reason in reasons:
-                counts["invalid"] += 1
-                if counts["invalid"] <= REASONS_SHOWN:
+    with progress_bar(None, "tokens", total, unit="tok", initial=counts["train_tokens"]) as bar:
+        # A run that was stopped after packing reads no chunk
+        while counts["train_tokens"] < target and (chunk := next(tokenized, None)):
+            future, reasons, packer.cursor = chunk
+            for reason, document in zip(reasons, future.result()):
+                key = "invalid" if reason else packer.add_document(*document)
+                counts[key] += 1
+                if reason and counts[key] <= REASONS_SHOWN:
                     tqdm.write(f"skipped: {reason}")
-            tokenized = future.result()
-            for document in tokenized:
-                counts[packer.add_document(*document)] += 1
-            counts["documents_read"] += len(reasons) + len(tokenized)
-            packer.cursor = cursor
+            counts["documents_read"] += len(reasons)
             bar.update(counts["train_tokens"] - bar.n)
-            if counts["train_tokens"] >= target:
-                break
             if time.monotonic() - packer.saved_at > SAVE_SECONDS:
                 packer.save()
     packer.save()
@@ -508,7 +492,7 @@ def row_blocks(path, seq_len, dot):
             yield rows, (rows == dot).sum(1)
 
 
-def order_rows(work, out_path, seq_len, dot, vocab_size):
+def order_rows(work, out_path, seq_len, tokenizer):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
     Rows with the same number are shuffled: training must not see one source file after another.
@@ -516,6 +500,7 @@ def order_rows(work, out_path, seq_len, dot, vocab_size):
 
     Returns (rows, sha256 of the file, unigram entropy in nats).
     """
+    dot, vocab_size = tokenizer.token_to_id("."), tokenizer.get_vocab_size()
     per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
     for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
         per_key += np.bincount(keys, minlength=seq_len + 1)
@@ -619,7 +604,6 @@ def prepare(files, args, out, work):
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    vocab_size = tokenizer.get_vocab_size()
 
     counts = pack(files, tokenizer_json, work, args.seq_len, args.tokens)
     print(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
@@ -632,16 +616,14 @@ def prepare(files, args, out, work):
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
-    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len,
-                                         tokenizer.token_to_id("."), vocab_size)
-    val = np.fromfile(work / "val.tokens", np.uint16)
-    val_rows = min(len(val) // args.seq_len, VAL_MAX_ROWS)
-    write_atomic(out / "val.bin", val[: val_rows * args.seq_len].tobytes())
+    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
+    val = np.fromfile(work / "val.tokens", (np.uint16, args.seq_len), VAL_MAX_ROWS)
+    write_atomic(out / "val.bin", val.tobytes())
     write_atomic(out / "tokenizer.json", tokenizer_json.encode())
     return {
-        "seq_len": args.seq_len, "vocab_size": vocab_size, "train_rows": n_rows,
-        "val_rows": val_rows, **counts, "train_tokens": n_rows * args.seq_len,
-        "val_tokens": val_rows * args.seq_len,
+        "seq_len": args.seq_len, "vocab_size": tokenizer.get_vocab_size(), "train_rows": n_rows,
+        "val_rows": len(val), **counts,
+        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,
         "characters_per_token":
             counts["characters_written"] / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy, "max_density": MAX_DENSITY,
