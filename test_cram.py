@@ -88,8 +88,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 
 
 def hurried_prepare(**constants):
-    """For start: prepare.py with other constants, and with short pauses, also of the hub's client,
-    which waits for minutes."""
+    """prepare.py with other constants and short pauses; the hub's client would wait for minutes."""
     return "-c", """
 import json, sys, time, prepare
 sleep, constants = time.sleep, json.loads(sys.argv.pop(1))
@@ -729,8 +728,6 @@ def test_row_order(order):
     passes = [cram.row_numbers(10 * n, 10, 10, s).tolist() for n in range(4)]
     assert (passes[0] == [*range(10)]) == (order == "file")
     assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 4
-    pieces = np.concatenate([cram.row_numbers(3 * i, 3, 10, s) for i in range(12)])
-    assert pieces.tolist() == cram.row_numbers(0, 36, 10, s).tolist()
     other = cram.row_numbers(10, 10, 10, cram.Settings(order=order, seed=1)).tolist()
     assert other != passes[1]
 
@@ -815,16 +812,19 @@ def test_validation_loss_as_the_contract_defines_it(data, finished):
 
 
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
-    """With a rate so small that no weight moves, a budget of 40 steps, with a line for each, has
-    the losses that one of 100 has, with a line for one or two."""
+    """A line every 2 % and a validation every 5 %. With a rate so small that no weight moves, 50
+    steps, a line for each, have the losses of the first 50 of 100, a line for one or two."""
     flags = {"lr": 1e-30, "ramp": 0, "order": "random", "layers": 1, "batch": 2}
-    _, log = train("each", steps=40, **flags)
-    losses, start = [line["loss"] for line in log], 0
-    _, log = train("several", steps=100, stop_after=40, **flags)
-    for line in log:
-        assert line["loss"] == pytest.approx(np.mean(losses[start : line["step"]]))
-        start = line["step"]
-    assert start == 40 and len(log) < 30 and len(set(losses)) == 40
+    _, log = train("each", steps=50, **flags)
+    assert [line["step"] for line in log] == [*range(1, 51)]  # in floating point 29 / 50 * 50 < 29
+    losses = [line["loss"] for line in log]
+    assert len(set(losses)) == 50
+
+    _, log = train("several", steps=100, stop_after=50, **flags)
+    steps = [line["step"] for line in log]
+    assert steps == [n for n in range(1, 51) if n % 2 == 0 or n % 5 == 0]
+    for line, before in zip(log, [0, *steps]):
+        assert line["loss"] == pytest.approx(np.mean(losses[before : line["step"]]))
 
 
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
@@ -846,8 +846,6 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
             cram.load_checkpoint(path)[0].logits(ids)
     else:
         fill("nothing", refused="<mask>")
-    with mock.patch("cram.RANK", 1):  # torchrun has several processes; one answers
-        assert fill("nothing") == ""
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
@@ -882,21 +880,12 @@ def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeyp
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
 
 
-def test_the_clock_of_the_log_strikes_at_round_steps():
-    """In floating point 0.29 * 100 is less than 29."""
-    log = cram.Log.__new__(cram.Log)
-    log.progress, log.lines = 0.0, 100
-    assert [k for k in range(1, 1000) if log.due(k / 1000)[0]] == [*range(10, 1000, 10)]
-
-
 def test_the_clock_is_known_after_a_resume(train):
     """11 of 12 s are over, and a step takes 1.1 s: none is begun, and the run ends."""
     train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
     saved, log = train(resume=True, minutes=0.2, step_s=lambda n: 1.1)
     assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
     assert (train.folder / "out/ckpt.pt").exists() and "budget is spent" not in train.printed
-    train(resume=True, minutes=0.1, step_s=lambda n: 1.1)
-    assert "this budget is spent: no step is taken" in train.printed
 
 
 def test_the_clock_is_not_misled_by_a_pause(train):
@@ -996,7 +985,7 @@ def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
 
 
 def test_a_finished_run_resumed(train, finished):
-    """It writes the same model again; with another budget it goes on."""
+    """It writes the same model again; with a larger budget it goes on, until that is spent."""
     out = shutil.copytree(finished("crammed"), train.folder / "out")
     saved, log = read_run(out)
     (out / "ckpt.pt").unlink()
@@ -1005,12 +994,12 @@ def test_a_finished_run_resumed(train, finished):
     assert untimed(result) == untimed(log[-1])
     assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
 
-    saved, log = train(resume=True, steps=60)
-    assert saved["state"]["step"] == 60 and "another budget" in train.printed
+    train(resume=True, steps=60, stop_after=9)
+    assert "another budget" in train.printed
+    _, log = train(resume=True, minutes=1e-4)  # six milliseconds
+    assert "this budget is spent: no step is taken" in train.printed
     steps = [line["step"] for line in log]
-    assert steps == sorted(set(steps)) and steps[-1] == 60
-    saved, _ = train(resume=True, minutes=1e-4)  # six milliseconds, long spent
-    assert saved["state"]["step"] == 60 and "another budget" in train.printed
+    assert steps == sorted(set(steps)) and steps[-1] == 49
 
 
 @slow
