@@ -246,7 +246,7 @@ def wait_for_log(process, out):
     log, last = out / "log.jsonl", out / "last.pt"
     before = log.stat().st_size if log.exists() else 0
     while not last.exists() or log.stat().st_size <= before:
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
 
@@ -265,6 +265,53 @@ def assert_same_run(one, other):
     assert_same(untimed(a["state"]), untimed(b["state"]))
     assert_same([*map(untimed, a_log)], [*map(untimed, b_log)])
     assert a["data"] == b["data"]
+
+
+# -------------------------------------------------------------------------------------- Fine-tuning
+
+
+def write_glue(folder, name, train=16, validation=16):
+    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
+    task, rng = finetune_glue.TASKS[name], random.Random(0)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", *task.validation, *task.test):
+        rows = []
+        for i in range(train if split == "train" else validation):
+            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
+            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
+            row[task.columns[0]] += "\ud800"  # half a surrogate pair, as broken JSON has it
+            rows.append({**row, "label": -1 if split in task.test else label, "idx": i})
+        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+ONE = ("--trials", 1, "--epochs", 1)
+
+
+@pytest.fixture
+def glue(finished, tmp_path):
+    """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
+    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
+    def run(*args, refused=None):
+        return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
+                       "--data", run.data, *args, refused=refused)
+
+    run.out, run.data, run.other = tmp_path / "out", tmp_path / "glue", tmp_path / "other.pt"
+    run.out.mkdir()
+    shutil.copy(finished("crammed") / "ckpt.pt", run.out)
+    content = torch.load(run.out / "ckpt.pt", weights_only=True)
+    content["model"]["blocks.0.ffn.up.weight"] *= 2
+    torch.save(content, run.other)
+    run.write = functools.partial(write_glue, run.data)
+    return run
+
+
+def scores_in(folder):
+    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
+    results = json.loads((folder / "glue.json").read_text())
+    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
+    assert len(scores) == len(results)
+    return scores
 
 
 # ----------------------------------------------------------------- 1. Text becomes lower-case ASCII
@@ -769,9 +816,8 @@ def test_muon_is_torchs_muon():
     ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
     ("electra", 4.5348, 4.5278, 2e-3)])
 def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, tolerance):
-    """Numbers from this code: whatever moves them changes what a recipe computes. (A second thread
-    moves them by 5e-6, and electra's by 4e-4, as it draws another token. They are no results: this
-    is too early.)"""
+    """Numbers of this code, no results: what moves them changes what a recipe computes. (A second
+    thread moves them by 5e-6, and electra's by 4e-4, as it draws another token.)"""
     _, [*_, line] = read_run(finished(recipe))
     assert line.get("loss_generator", line["loss"]) == pytest.approx(loss, abs=tolerance)
     assert line["val_loss"] == pytest.approx(val_loss, abs=tolerance)
@@ -903,8 +949,7 @@ def test_the_microbatch_changes_nothing(train, recipe):
     flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
     whole, log = train("whole", **flags)
     parts, parts_log = train("parts", **flags, microbatch=5)
-    for name, p in whole["model"].items():
-        torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=1e-4, atol=2e-5)
     for a, b in zip(log, parts_log):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
 
@@ -948,8 +993,7 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
     assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
 
     (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
-    for name, p in a["model"].items():
-        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
+    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=5e-4)
     assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
     for line, other in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
@@ -1217,52 +1261,7 @@ def test_a_trial_is_adamw_on_its_batches():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for one, other in zip(ours, reference.parameters()):
-        assert torch.allclose(one, other, rtol=0, atol=1e-6)
-
-
-def write_glue(folder, name, train=16, validation=16):
-    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
-    task, rng = finetune_glue.TASKS[name], random.Random(0)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split in ("train", *task.validation, *task.test):
-        rows = []
-        for i in range(train if split == "train" else validation):
-            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
-            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
-            row[task.columns[0]] += "\ud800"  # half a surrogate pair, as broken JSON has it
-            rows.append({**row, "label": -1 if split in task.test else label, "idx": i})
-        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-ONE = ("--trials", 1, "--epochs", 1)
-
-
-@pytest.fixture
-def glue(finished, tmp_path):
-    """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
-    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
-    def run(*args, refused=None):
-        return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
-                       "--data", run.data, *args, refused=refused)
-
-    run.out, run.data, run.other = tmp_path / "out", tmp_path / "glue", tmp_path / "other.pt"
-    run.out.mkdir()
-    shutil.copy(finished("crammed") / "ckpt.pt", run.out)
-    content = torch.load(run.out / "ckpt.pt", weights_only=True)
-    content["model"]["blocks.0.ffn.up.weight"] *= 2
-    torch.save(content, run.other)
-    run.write = functools.partial(write_glue, run.data)
-    return run
-
-
-def scores_in(folder):
-    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
-    results = json.loads((folder / "glue.json").read_text())
-    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
-    assert len(scores) == len(results)
-    return scores
+    torch.testing.assert_close(ours, list(reference.parameters()), rtol=0, atol=1e-6)
 
 
 @slow
