@@ -920,7 +920,7 @@ def test_the_clock_ends_a_run_before_its_deadline(train):
 
 
 def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeypatch):
-    """Its sizes take 40 s of the minute; the steps, of 0.3 s, read more than all rows."""
+    """It takes 40 s of the minute; the others take 0.3 s and read more rows than there are."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     saved, _ = train("out", "--compile", minutes=1, ramp=0,  # n = 1 searches for the microbatch
                      step_s=lambda n: 40 if n == 2 else 0.3)
@@ -948,8 +948,8 @@ def test_the_microbatch_changes_nothing(train, recipe):
 
 
 def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
-    """On a card; here one is played, in place of the compiler. The search moves no weight and
-    leaves no momentum: the run is the one that began with that microbatch."""
+    """The compiler plays a card with little memory. The search moves no weight and leaves no
+    momentum: the run is the one that was given that microbatch."""
     def small_card(model):
         def compiled(ids, *masked):
             if len(ids) > 8:
@@ -968,8 +968,8 @@ def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
 @slow
 def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
     """With electra, so also with Muon. Asked to stop, within a step, both save; killed, one takes
-    the other with it; one alone can go on, and two after it. (They sum in another order, and Muon
-    makes much of little.)"""
+    the other with it; one alone can go on, and two after it. (Two sum in another order, and Muon
+    amplifies rounding.)"""
     flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
     out, resume = train.folder / "two", ["--resume"]
     for number, code, words, args in (
@@ -1041,10 +1041,9 @@ def test_a_finished_run_resumed(train, finished):
 
 @slow
 def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
-    """SIGTERM saves and leaves, kill -9 does not; last.pt is written after every step. Meanwhile no
-    other run can use the folder: the lock ends with its process, however that ends. (Not Ctrl-C's
-    signal, which is ignored where a shell started pytest with &.) The whole run, to compare with,
-    outlives its screen, as behind `| head -n 1` or in a terminal that is closed."""
+    """SIGTERM saves and leaves, kill -9 just leaves; last.pt is written after every step. No other
+    run can use the folder of one that lives. (Not SIGINT, which a shell ignores for `pytest &`.)
+    The whole run, to compare with, outlives its screen, as behind `| head -n 1`."""
     flags = {**TINY, "data": data, "width": 128, "steps": 100}
     whole = start("cram.py", "--out", train.folder / "whole", *flags_of(flags),
                   stderr=subprocess.PIPE)
