@@ -69,11 +69,19 @@ slow = pytest.mark.slow
 STARTED = []
 
 
+def children_of(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text().split()]
+
+
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield
     while STARTED:
-        STARTED.pop().kill()
+        process = STARTED.pop()
+        if process.poll() is None:  # torchrun's children would go on without it
+            for number in (*children_of(process), process.pid):
+                os.kill(number, signal.SIGKILL)
 
 
 def start(*command, **popen):
@@ -88,8 +96,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 
 
 def hurried_prepare(**constants):
-    """For start: prepare.py with other constants, and with short pauses, also of the hub's client,
-    which waits for minutes."""
+    """prepare.py with other constants and short pauses; the hub's client would wait for minutes."""
     return "-c", """
 import json, sys, time, prepare
 sleep, constants = time.sleep, json.loads(sys.argv.pop(1))
@@ -247,7 +254,7 @@ def wait_for_log(process, out):
     log, last = out / "log.jsonl", out / "last.pt"
     before = log.stat().st_size if log.exists() else 0
     while not last.exists() or log.stat().st_size <= before:
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
 
@@ -266,6 +273,53 @@ def assert_same_run(one, other):
     assert_same(untimed(a["state"]), untimed(b["state"]))
     assert_same([*map(untimed, a_log)], [*map(untimed, b_log)])
     assert a["data"] == b["data"]
+
+
+# -------------------------------------------------------------------------------------- Fine-tuning
+
+
+def write_glue(folder, name, train=16, validation=16):
+    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
+    task, rng = finetune_glue.TASKS[name], random.Random(0)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", *task.validation, *task.test):
+        rows = []
+        for i in range(train if split == "train" else validation):
+            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
+            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
+            row[task.columns[0]] += "\ud800"  # half a surrogate pair, as broken JSON has it
+            rows.append({**row, "label": -1 if split in task.test else label, "idx": i})
+        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+ONE = ("--trials", 1, "--epochs", 1)
+
+
+@pytest.fixture
+def glue(finished, tmp_path):
+    """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
+    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
+    def run(*args, refused=None):
+        return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
+                       "--data", run.data, *args, refused=refused)
+
+    run.out, run.data, run.other = tmp_path / "out", tmp_path / "glue", tmp_path / "other.pt"
+    run.out.mkdir()
+    shutil.copy(finished("crammed") / "ckpt.pt", run.out)
+    content = torch.load(run.out / "ckpt.pt", weights_only=True)
+    content["model"]["blocks.0.ffn.up.weight"] *= 2
+    torch.save(content, run.other)
+    run.write = functools.partial(write_glue, run.data)
+    return run
+
+
+def scores_in(folder):
+    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
+    results = json.loads((folder / "glue.json").read_text())
+    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
+    assert len(scores) == len(results)
+    return scores
 
 
 # ----------------------------------------------------------------- 1. Text becomes lower-case ASCII
@@ -350,7 +404,6 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
     expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3, 20)
     assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
     assert [*map(tuple, val.tolist())] == expected_val[:20]
-    assert meta["train_rows"] == len(train) and meta["val_rows"] == len(val) == 20
     p = np.unique(train, return_counts=True)[1] / train.size
     assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
 
@@ -729,8 +782,6 @@ def test_row_order(order):
     passes = [cram.row_numbers(10 * n, 10, 10, s).tolist() for n in range(4)]
     assert (passes[0] == [*range(10)]) == (order == "file")
     assert all(sorted(p) == [*range(10)] for p in passes) and len({*map(tuple, passes)}) == 4
-    pieces = np.concatenate([cram.row_numbers(3 * i, 3, 10, s) for i in range(12)])
-    assert pieces.tolist() == cram.row_numbers(0, 36, 10, s).tolist()
     other = cram.row_numbers(10, 10, 10, cram.Settings(order=order, seed=1)).tolist()
     assert other != passes[1]
 
@@ -772,9 +823,8 @@ def test_muon_is_torchs_muon():
     ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
     ("electra", 4.5348, 4.5278, 2e-3)])
 def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, tolerance):
-    """Numbers from this code: whatever moves them changes what a recipe computes. (A second thread
-    moves them by 5e-6, and electra's by 4e-4, as it draws another token. They are no results: this
-    is too early.)"""
+    """Numbers of this code, no results: what moves them changes what a recipe computes. (A second
+    thread moves them by 5e-6, and electra's by 4e-4, as it draws another token.)"""
     _, [*_, line] = read_run(finished(recipe))
     assert line.get("loss_generator", line["loss"]) == pytest.approx(loss, abs=tolerance)
     assert line["val_loss"] == pytest.approx(val_loss, abs=tolerance)
@@ -815,16 +865,19 @@ def test_validation_loss_as_the_contract_defines_it(data, finished):
 
 
 def test_the_loss_of_a_line_is_the_mean_since_the_one_before(train):
-    """With a rate so small that no weight moves, a budget of 40 steps, with a line for each, has
-    the losses that one of 100 has, with a line for one or two."""
+    """A line every 2 % and a validation every 5 %. With a rate so small that no weight moves, 50
+    steps, a line for each, have the losses of the first 50 of 100, a line for one or two."""
     flags = {"lr": 1e-30, "ramp": 0, "order": "random", "layers": 1, "batch": 2}
-    _, log = train("each", steps=40, **flags)
-    losses, start = [line["loss"] for line in log], 0
-    _, log = train("several", steps=100, stop_after=40, **flags)
-    for line in log:
-        assert line["loss"] == pytest.approx(np.mean(losses[start : line["step"]]))
-        start = line["step"]
-    assert start == 40 and len(log) < 30 and len(set(losses)) == 40
+    _, log = train("each", steps=50, **flags)
+    assert [line["step"] for line in log] == [*range(1, 51)]  # in floating point 29 / 50 * 50 < 29
+    losses = [line["loss"] for line in log]
+    assert len(set(losses)) == 50
+
+    _, log = train("several", steps=100, stop_after=50, **flags)
+    steps = [line["step"] for line in log]
+    assert steps == [n for n in range(1, 51) if n % 2 == 0 or n % 5 == 0]
+    for line, before in zip(log, [0, *steps]):
+        assert line["loss"] == pytest.approx(np.mean(losses[before : line["step"]]))
 
 
 @pytest.mark.parametrize("recipe", ["modern", "electra"])
@@ -846,8 +899,6 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
             cram.load_checkpoint(path)[0].logits(ids)
     else:
         fill("nothing", refused="<mask>")
-    with mock.patch("cram.RANK", 1):  # torchrun has several processes; one answers
-        assert fill("nothing") == ""
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
@@ -862,8 +913,9 @@ def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
 
 def test_the_clock_ends_a_run_before_its_deadline(train):
     """54 steps of 1.1 s in a minute, as none is begun that would end later. Rate, batch, and a
-    validation every 5 %, follow the clock."""
-    saved, log = train(minutes=1, step_s=lambda n: 1.1)
+    validation every 5 %, follow the clock, which a resume sets to where it stopped."""
+    train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
+    saved, log = train(resume=True, step_s=lambda n: 1.1)
     s = cram.Settings(**saved["settings"])
     for line in log:
         before, after = (line["step"] - 1) * 1.1 / 60, line["step"] * 1.1 / 60
@@ -875,28 +927,11 @@ def test_the_clock_ends_a_run_before_its_deadline(train):
 
 
 def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeypatch):
-    """Its sizes take 40 s of the minute; the steps, of 0.3 s, read more than all rows."""
+    """It takes 40 s of the minute; the others take 0.3 s and read more rows than there are."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     saved, _ = train("out", "--compile", minutes=1, ramp=0,  # n = 1 searches for the microbatch
                      step_s=lambda n: 40 if n == 2 else 0.3)
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
-
-
-def test_the_clock_of_the_log_strikes_at_round_steps():
-    """In floating point 0.29 * 100 is less than 29."""
-    log = cram.Log.__new__(cram.Log)
-    log.progress, log.lines = 0.0, 100
-    assert [k for k in range(1, 1000) if log.due(k / 1000)[0]] == [*range(10, 1000, 10)]
-
-
-def test_the_clock_is_known_after_a_resume(train):
-    """11 of 12 s are over, and a step takes 1.1 s: none is begun, and the run ends."""
-    train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
-    saved, log = train(resume=True, minutes=0.2, step_s=lambda n: 1.1)
-    assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
-    assert (train.folder / "out/ckpt.pt").exists() and "budget is spent" not in train.printed
-    train(resume=True, minutes=0.1, step_s=lambda n: 1.1)
-    assert "this budget is spent: no step is taken" in train.printed
 
 
 def test_the_clock_is_not_misled_by_a_pause(train):
@@ -914,15 +949,14 @@ def test_the_microbatch_changes_nothing(train, recipe):
     flags = {**ELECTRA, "recipe": recipe, "optimizer": "adamw", "steps": 6}
     whole, log = train("whole", **flags)
     parts, parts_log = train("parts", **flags, microbatch=5)
-    for name, p in whole["model"].items():
-        torch.testing.assert_close(parts["model"][name], p, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=1e-4, atol=2e-5)
     for a, b in zip(log, parts_log):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * a["loss"])
 
 
 def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
-    """On a card; here one is played, in place of the compiler. The search moves no weight and
-    leaves no momentum: the run is the one that began with that microbatch."""
+    """The compiler plays a card with little memory. The search moves no weight and leaves no
+    momentum: the run is the one that was given that microbatch."""
     def small_card(model):
         def compiled(ids, *masked):
             if len(ids) > 8:
@@ -941,8 +975,8 @@ def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
 @slow
 def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
     """With electra, so also with Muon. Asked to stop, within a step, both save; killed, one takes
-    the other with it; one alone can go on, and two after it. (They sum in another order, and Muon
-    makes much of little.)"""
+    the other with it; one alone can go on, and two after it. (Two sum in another order, and Muon
+    amplifies rounding.)"""
     flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
     out, resume = train.folder / "two", ["--resume"]
     for number, code, words, args in (
@@ -950,17 +984,15 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
             (signal.SIGKILL, 1, "has lost another process of the run", resume)):
         two = start(*TORCHRUN, "--out", out, *args)
         wait_for_log(two, out)
-        children = Path(f"/proc/{two.pid}/task/{two.pid}/children").read_text().split()
-        os.kill(int(children[-1]), number)
+        os.kill(children_of(two)[-1], number)
         printed, _ = two.communicate(timeout=120)
+        assert not (out / "ckpt.pt").exists(), f"the signal came after the end: {printed}"
         assert two.returncode == code and words in printed, printed
-        assert not (out / "ckpt.pt").exists()
         train("two", resume=True, stop_after=1)
     assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
 
     (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
-    for name, p in a["model"].items():
-        torch.testing.assert_close(b["model"][name], p, rtol=0, atol=5e-4)
+    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=5e-4)
     assert a["state"]["rows"] == b["state"]["rows"] and len(a_log) == len(b_log)
     for line, other in zip(a_log, b_log):
         for key in ("loss", "val_loss"):
@@ -996,7 +1028,7 @@ def test_interrupted_twice_and_resumed_is_bit_for_bit_the_same(
 
 
 def test_a_finished_run_resumed(train, finished):
-    """It writes the same model again; with another budget it goes on."""
+    """It writes the same model again; with a larger budget it goes on, until that is spent."""
     out = shutil.copytree(finished("crammed"), train.folder / "out")
     saved, log = read_run(out)
     (out / "ckpt.pt").unlink()
@@ -1005,20 +1037,19 @@ def test_a_finished_run_resumed(train, finished):
     assert untimed(result) == untimed(log[-1])
     assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
 
-    saved, log = train(resume=True, steps=60)
-    assert saved["state"]["step"] == 60 and "another budget" in train.printed
+    train(resume=True, steps=60, stop_after=9)
+    assert "another budget" in train.printed
+    _, log = train(resume=True, minutes=1e-4)  # six milliseconds
+    assert "this budget is spent: no step is taken" in train.printed
     steps = [line["step"] for line in log]
-    assert steps == sorted(set(steps)) and steps[-1] == 60
-    saved, _ = train(resume=True, minutes=1e-4)  # six milliseconds, long spent
-    assert saved["state"]["step"] == 60 and "another budget" in train.printed
+    assert steps == sorted(set(steps)) and steps[-1] == 49
 
 
 @slow
 def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
-    """SIGTERM saves and leaves, kill -9 does not; last.pt is written after every step. Meanwhile no
-    other run can use the folder: the lock ends with its process, however that ends. (Not Ctrl-C's
-    signal, which is ignored where a shell started pytest with &.) The whole run, to compare with,
-    outlives its screen, as behind `| head -n 1` or in a terminal that is closed."""
+    """SIGTERM saves and leaves, kill -9 just leaves; last.pt is written after every step. No other
+    run can use the folder of one that lives. (Not SIGINT, which a shell ignores for `pytest &`.)
+    The whole run, to compare with, outlives its screen, as behind `| head -n 1`."""
     flags = {**TINY, "data": data, "width": 128, "steps": 100}
     whole = start("cram.py", "--out", train.folder / "whole", *flags_of(flags),
                   stderr=subprocess.PIPE)
@@ -1228,52 +1259,7 @@ def test_a_trial_is_adamw_on_its_batches():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for one, other in zip(ours, reference.parameters()):
-        assert torch.allclose(one, other, rtol=0, atol=1e-6)
-
-
-def write_glue(folder, name, train=16, validation=16):
-    """A task in the columns of nyu-mll/glue whose answer can be read off its first word."""
-    task, rng = finetune_glue.TASKS[name], random.Random(0)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split in ("train", *task.validation, *task.test):
-        rows = []
-        for i in range(train if split == "train" else validation):
-            label = i % len(task.labels) if task.labels else rng.uniform(0, 5)
-            row = {c: f"{'abc'[int(label) % 3]} " * 8 + sentences(i, 1) for c in task.columns}
-            row[task.columns[0]] += "\ud800"  # half a surrogate pair, as broken JSON has it
-            rows.append({**row, "label": -1 if split in task.test else label, "idx": i})
-        (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-ONE = ("--trials", 1, "--epochs", 1)
-
-
-@pytest.fixture
-def glue(finished, tmp_path):
-    """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
-    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
-    def run(*args, refused=None):
-        return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
-                       "--data", run.data, *args, refused=refused)
-
-    run.out, run.data, run.other = tmp_path / "out", tmp_path / "glue", tmp_path / "other.pt"
-    run.out.mkdir()
-    shutil.copy(finished("crammed") / "ckpt.pt", run.out)
-    content = torch.load(run.out / "ckpt.pt", weights_only=True)
-    content["model"]["blocks.0.ffn.up.weight"] *= 2
-    torch.save(content, run.other)
-    run.write = functools.partial(write_glue, run.data)
-    return run
-
-
-def scores_in(folder):
-    """Scores of glue.json: {(task, seed): {split: score}}; each trial once."""
-    results = json.loads((folder / "glue.json").read_text())
-    scores = {(result["task"], result["seed"]): result["scores"] for result in results}
-    assert len(scores) == len(results)
-    return scores
+    torch.testing.assert_close(ours, list(reference.parameters()), rtol=0, atol=1e-6)
 
 
 @slow
@@ -1329,7 +1315,6 @@ def test_all_of_glue_and_the_files_for_its_server(glue):
     scores = scores_in(glue.out)
     nine = [(scores[name, 0][split] + scores[name, 1][split]) / 2
             for name in finetune_glue.EIGHT for split in finetune_glue.TASKS[name].validation]
-    assert len(nine) == 9 and len(scores) == 16
     assert abs(scores["stsb", 0]["validation"] - scores["stsb", 1]["validation"]) > 1  # two heads
     assert f"\ncola             matthews {nine[-1]:6.1f} " in printed
     [average] = re.findall("^average of nine +(.*)", printed, re.M)
@@ -1493,9 +1478,8 @@ def on_a_card(test):
 @on_a_card
 @pytest.mark.parametrize("recipe, precision", [
     ("crammed", "fp16"), ("modern", "auto"), ("electra", "auto")])
-def test_on_a_card_a_compiled_run_in_16_bits_is_the_plain_one_and_resumes(
-        train, recipe, precision):
-    """Within rounding of the same steps in float32, not compiled."""
+def test_on_a_card_a_compiled_run_is_the_plain_one_and_resumes(train, recipe, precision):
+    """In 16 bits, within rounding of the same steps in float32, not compiled."""
     torch.compiler.reset()  # it remembers the shapes of the other recipes
     flags = {**ELECTRA, "recipe": recipe, "device": "cuda", "width": 64, "steps": 20}
     _, plain = train("plain", "--no-compile", **flags, precision="fp32")
