@@ -77,7 +77,7 @@ class Settings:
     # Objective
     objective: str = "mlm"  # mlm: masked language modelling; rtd: replaced-token detection
     generator_layers: int = 6  # rtd: blocks of the generator, which proposes the replacements
-    generator_width: int = 256  # rtd: its channels, in heads of 64; below 128 in a single one
+    generator_width: int = 256  # rtd: its channels, in heads of 64; one head below 128
     rtd_weight: float = 50.0  # rtd: weight of the discriminator's loss (ELECTRA)
 
     # Optimization: paper section 4.3
@@ -95,14 +95,14 @@ class Settings:
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
-    mask_rate: float = 0.25  # fraction of tokens to predict; BERT's 15 % is for many epochs
-    mask_replace: float = 0.8  # of these become <mask>; of the others half become random tokens
+    mask_rate: float = 0.25  # fraction of the tokens to predict
+    mask_replace: float = 0.8  # share of these shown as <mask>; of the rest half are random tokens
     order: str = "file"  # of the first pass: file (as prepare.py sorted it) or random
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: changes speed and rounding. (Two models of card draw other numbers from one seed.)
-    microbatch: int = 0  # rows per forward pass; 0: 512 on CUDA, halved until it fits, 32 elsewhere
+    # Machine: changes speed and rounding. (Cards of two models draw other numbers from one seed.)
+    microbatch: int = 0  # rows per forward pass, on CUDA halved until it fits; 0: 512, on CPU 32
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # bf16, fp16, fp32; auto: on CUDA bf16 or, if slow, fp16; else fp32
     compile: bool | None = None  # torch.compile; None: on for CUDA cards from Volta on
@@ -111,7 +111,8 @@ class Settings:
 
 MODERN = {  # chosen in runs of two to ten minutes
     "model": "modernbert", "optimizer": "muon", "order": "random",
-    "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "warmup": 0.03, "decay": 0.7,
+    "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "decay": 0.7,
+    "warmup": 0.03,  # in a short run over before the first step, as compilation counts
     "weight_decay": 0.5,  # at 0.05 the loss is the same, but the model fine-tunes badly
     "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
 }
@@ -142,9 +143,9 @@ class CrammedBERT(nn.Module):
 
     With --model modernbert this is what Hugging Face transformers calls ModernBERT, with global
     attention in every layer: rotary positions instead of the sinusoid, norms without bias, no norm
-    at the entrance of the first block (the embedding's norm is there), a head before the decoder.
+    before the first attention (the embedding's is there), a head before the decoder.
 
-    The generator of `Electra` is given the embedding of a wider model, with E channels: `project`
+    The generator of `Electra` borrows the discriminator's embedding, with E channels: `project`
     maps them to C, and the head maps back.
     """
 
@@ -227,10 +228,10 @@ class CrammedBERT(nn.Module):
         return self.decode(self.encode(ids, attention_mask))
 
     def forward(self, ids, where, targets, uniform=None):
-        """What `mask_tokens` returns -> (1,): mean cross-entropy, in nats, of the targets.
-        (`Electra` needs uniform, and returns several.)
+        """Inputs (B, T), indices (B, M) of the targets, targets (B, M) -> (1,): mean cross-entropy
+        in nats. (`Electra` needs uniform, and returns several means.)
 
-        Decoding only these is 6 % of all work; decoding every position would be 20 %.
+        Decoding only the targets is 6 % of the work of `crammed`; all positions would be 20 %.
         """
         logits = self.decode(self.encode(ids, where=where))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())[None]
@@ -247,7 +248,8 @@ class CrammedBERT(nn.Module):
         """Floating-point operations to train on one token, where the decoder sees the fraction
         `decoded` of the tokens: 623 M at the paper's size and a quarter decoded."""
         weights = sum(p.numel() for p in self.blocks.parameters())  # each: 2 forward, 4 backward
-        attention = 12 * len(self.blocks) * self.seq_len * len(self.final_norm.weight)  # 2 products
+        # QK' and AV: 2 products, each 2 forward, 4 backward
+        attention = 12 * len(self.blocks) * self.seq_len * len(self.final_norm.weight)
         return 6 * weights + attention + 6 * decoded * self.embed.weight.numel()
 
 
@@ -293,7 +295,7 @@ class Attention(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """GeGLU: up(x) · GELU(gate(x)). One matrix for both would cost a copy of its gradient."""
+    """GeGLU: up(x) · GELU(gate(x)). One matrix for both, split, would cost a copy of gradients."""
 
     def __init__(self, width):
         super().__init__()
@@ -418,13 +420,13 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     draw = {"device": rows.device, "generator": generator}
 
     noise = torch.rand(B, T, **draw)
-    where = noise.topk(M, dim=1).indices  # sorted by noise: the first n_mask are random too
+    where = noise.topk(M, dim=1).indices  # in random order, as are the first n_mask
     targets = rows.gather(1, where)
 
     shown = targets.clone()
     shown[:, :n_mask] = MASK
     shown[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, (B, n_random), **draw)
-    uniform = torch.rand(B, M, **draw)  # drawn here so that samples do not depend on the microbatch
+    uniform = torch.rand(B, M, **draw)
     return rows.scatter(1, where, shown), where, targets, uniform
 
 
@@ -547,8 +549,8 @@ class Data:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
 
     def read(self, position, s, pin):
-        """Rows (s.batch, T) int32 from a position of the run on. Pinned memory is copied to a card
-        without waiting."""
+        """The s.batch rows (B, T), int32, from `position` in the run's order on. Pinned memory is
+        copied to a card without waiting."""
         numbers = row_numbers(position, s.batch, len(self.train), s)
         rows = torch.from_numpy(self.train[numbers].astype(np.int32))
         return rows.pin_memory() if pin else rows
@@ -574,12 +576,11 @@ def permutation(n_rows, seed, number):
 
 
 def next_position(position, batch, rows_left, n_rows, s):
-    """Where the batch after the one at `position` begins. The budget still takes rows_left rows,
-    this batch included.
+    """Where the next batch begins.
 
-    If that is less than the rest of the file, the first pass leaves a gap after every batch, so
-    that a short budget sees the whole curriculum. The last fifth of the file is read up to a tenth
-    less than the others: the last whole batch ends before the file, and the pace is an estimate.
+    If the budget takes fewer rows (rows_left, this batch included) than the file still has, each
+    batch leaves a gap, so that a short run sees the whole curriculum. Of the last fifth it reads up
+    to a tenth less: the last whole batch ends before the file, and the pace is an estimate.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -629,7 +630,7 @@ class TrainState:
               SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {}. Returns the number of the
-    signal that stopped the run, or None."""
+    signal that asked it to stop, or 0."""
     clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
     saved.get("state", {}).pop("s_per_row", None)  # an earlier version kept it
     state = TrainState(**saved.get("state", {}))
@@ -653,7 +654,7 @@ def train(s, saved):
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
-        metrics (returned) are so weighted that all_sum makes them the means over all B rows."""
+        metrics (returned) are weighted so that all_sum gives their means over all B rows."""
         mask_generator.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
         inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
@@ -670,7 +671,7 @@ def train(s, saved):
         if use_compile or on_card:
             microbatch = find_microbatch(
                 microbatch, s, data.seq_len, model, optimizers, forward_backward)
-            # The last microbatch of a step may be smaller, which compiles once more
+            # The last microbatch of a step may be smaller: compile that size now, too
             batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
             forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
             model.zero_grad()
@@ -698,14 +699,14 @@ def train(s, saved):
 
     while True:
         # 1. The processes agree on the time, the pace, and whether to stop. The pace is the mean of
-        # the whole run, so that a pause in one step decides nothing; 0: not known yet
+        # the whole run, so that a pause in one step decides little; 0: not known yet
         s_per_row = clock.training_s() / state.rows if state.rows else 0.0
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
         progress = progress_at(elapsed, state.step, s)
         batch, lr = batch_at(progress, s), lr_at(progress, s)
-        too_late = not s.steps and elapsed + batch * s_per_row > budget_s
+        too_late = not s.steps and elapsed + batch * s_per_row > budget_s  # at this step's end
         if stopping or progress >= 1 or too_late:
             break
 
@@ -727,11 +728,11 @@ def train(s, saved):
             for group in optimizer.param_groups:
                 group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        *metrics, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the card
-        if math.isfinite(metrics[0]) and math.isfinite(norm):
+        *means, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the card
+        if math.isfinite(means[0]) and math.isfinite(norm):
             for optimizer in optimizers:
                 scaler.step(optimizer)
-            state.add(metrics)
+            state.add(means)
             skipped_in_a_row = 0
         else:
             state.skipped += 1
@@ -744,7 +745,7 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
-        elapsed = all_max(clock.elapsed())[0]  # again: all must validate, or none
+        elapsed = all_max(clock.elapsed())[0]  # again, as all processes validate, or none
         progress = progress_at(elapsed, state.step, s)
         line_due, validation_due = log.due(progress)
         if line_due:
@@ -777,9 +778,10 @@ def train(s, saved):
         **{name: network.state_dict() for name, network in networks_of(model).items()}})
     save_last()
     print_summary(s, data, model, state, clock, result, device, peak_flops)
+    return stop.asked  # after the last step: all is done, and a shell's loop goes no further
 
 
-# ------------------------------------------------------------- 6. What train calls, in its order
+# --------------------------------------------------------------------- 6. What train and main call
 
 
 class Clock:
@@ -925,7 +927,7 @@ def lock_folder(out):
 
 def check_free_disk(out, model):
     """Refuse to start where the checkpoints will not fit. 28 bytes a parameter: 12 for last.pt
-    (weights and two moments), of which an old and a new one exist while saving, 4 for ckpt.pt."""
+    (weights, two moments at most), an old and a new one while saving, and 4 for ckpt.pt."""
     needed = 28 * sum(p.numel() for p in model.parameters())
     there = sum(path.stat().st_size for path in out.glob("*.pt*"))
     free = shutil.disk_usage(out).free
@@ -956,7 +958,7 @@ def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward)
         say(f"{microbatch} rows per forward pass do not fit in memory: trying half, which changes "
             "no result")
         microbatch //= 2
-        torch.compiler.reset()  # or torch compiles the next size for any size, which is slower
+        torch.compiler.reset()  # or the next size is compiled for any size, which is slower
         torch.cuda.empty_cache()
     raise CramError("a single row per forward pass does not fit in the card's memory")
 
@@ -1381,14 +1383,15 @@ def main():
 
 if __name__ == "__main__":
     try:
-        number = main()
-        if number and WORLD_SIZE == 1:  # end by it, so that a shell's && or loop goes no further
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        asked = main()
+    except KeyboardInterrupt:  # before the first step, or the second
+        asked = signal.SIGINT
+        print("\ncram.py: interrupted", file=sys.stderr)
     except (CramError, OSError) as error:
         sys.exit(f"cram.py: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("cram.py: out of memory: is another program on the card? Continue with --resume "
-                 "and a smaller --microbatch")
-    except KeyboardInterrupt:
-        sys.exit("\ncram.py: interrupted")
+        sys.exit("cram.py: out of memory: is another program on the card? Go on with --resume, or "
+                 "begin again if there is no last.pt, and give a smaller --microbatch")
+    if asked and WORLD_SIZE == 1:  # end by the signal, so that a shell's && or loop goes no further
+        signal.signal(asked, signal.SIG_DFL)
+        signal.raise_signal(asked)
