@@ -70,8 +70,8 @@ STARTED = []
 
 
 def children_of(process):
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(number) for number in path.read_text().split()]
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # of Linux only
+    return [int(number) for number in path.read_text().split()] if path.exists() else []
 
 
 @pytest.fixture(autouse=True)
@@ -1071,6 +1071,18 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
         assert (out / "last.pt").exists() and not (out / "ckpt.pt").exists()
     assert whole.stderr.read() == "" and whole.wait() == 0
     assert_same_run(train(resume=True, save_minutes=5), read_run(train.folder / "whole"))
+
+
+def test_interrupted_before_its_first_step_it_ends_by_the_signal(train, data):
+    """So that a loop of the shell ends with it. (A shell ignores SIGINT for `pytest &`.)"""
+    out = train.folder / "out"
+    process = start("cram.py", "--out", out, *flags_of({**TINY, "data": data}),
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (out / "lock").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in printed
 
 
 # ----------------------------------------------------------------------------- 11. No model is lost
