@@ -1,7 +1,7 @@
 """Fine-tune a crammed BERT on GLUE and score it.
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
-    python finetune_glue.py --task all --trials 5     # the eight tasks, and their average
+    python finetune_glue.py --task all --trials 5     # the eight tasks, and their mean
     python finetune_glue.py --task all --test         # also the files that the GLUE server takes
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
@@ -121,7 +121,7 @@ def read_split(name, split, folder):
         where = f"nyu-mll/glue {name} {split}"
         try:
             rows = list(datasets.load_dataset("nyu-mll/glue", name, split=split))
-        except Exception as error:  # of any of four HTTP libraries
+        except Exception as error:  # its type depends on the HTTP library
             raise CramError(f"cannot load {where} from the hub ({error!r:.120}); without a "
                             "network, give --data") from None
     else:
@@ -158,7 +158,7 @@ def load_task(name, args, tokenizer, device):
     task, splits, hashed = TASKS[name], {}, []
     for split in ("train", *task.validation, *(task.test if args.test else ())):
         rows = read_split(name, split, args.data)
-        # "ignore": half a surrogate pair, as in broken JSON, is no text
+        # "ignore" drops halves of surrogate pairs (broken JSON), which the tokenizer refuses
         texts = [[row[column].encode("utf-8", "ignore").decode() for row in rows]
                  for column in task.columns]
         labels = [0 if split in task.test else row["label"] for row in rows]
@@ -176,11 +176,11 @@ def load_task(name, args, tokenizer, device):
         labels = torch.tensor(labels, dtype=torch.int64 if task.labels else torch.float32)
         splits[split] = Split(torch.from_numpy(ids).to(device), labels.to(device), lengths)
 
-    rows = len(splits["train"].ids)
-    if rows < args.batch_size:
-        raise CramError(f"{name} has {rows} training rows: give a smaller --batch-size")
-    if task.train_rows not in (None, rows):
-        print(f"{name}: a subset, {rows:,} training rows, not the official {task.train_rows:,}")
+    n_rows = len(splits["train"].ids)
+    if n_rows < args.batch_size:
+        raise CramError(f"{name} has {n_rows} training rows: give a smaller --batch-size")
+    if task.train_rows not in (None, n_rows):
+        print(f"{name}: a subset, {n_rows:,} training rows, not the official {task.train_rows:,}")
     return splits, hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
@@ -217,7 +217,7 @@ class Classifier(nn.Module):
         self.pool = nn.Linear(bert.embed.embedding_dim, 1024)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(1024, classes)
-        for module in bert.modules():  # pretraining uses none
+        for module in bert.modules():  # built with p = 0, as pretraining has none
             if isinstance(module, nn.Dropout):
                 module.p = dropout
 
@@ -315,11 +315,11 @@ class Trial:
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently, so nothing but the task decides whether to compile
+        # Compiled code rounds differently, so on a card nothing but the task decides about it
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
-            # All blocks of all trials share one compiled version per length; in modernbert two, as
-            # its first block has no norm: eight, the limit of torch.compile (recompile_limit).
-            # Evaluation has many other shapes and runs eagerly
+            # Blocks and trials share a compiled version per length, four at most; modernbert has
+            # twice as many, as its first block has no norm: eight, torch.compile's recompile_limit.
+            # Evaluation has many more shapes and runs eagerly
             torch.compiler.set_stance("force_eager")
             for block in self.model.bert.blocks:
                 block.compile(dynamic=False)
@@ -397,7 +397,7 @@ def run_trials(trials, bar):
 
 def update_results(path, key=None, scores=None):
     """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
-    anew each time, as another command may have written to it."""
+    anew each time, as another command may write to it (at the same instant, one trial is lost)."""
     try:  # dict() raises for any other content
         results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
     except (ValueError, TypeError):
@@ -428,7 +428,8 @@ def write_test_files(folder, trial, splits):
 
 def print_table(results, hashes):
     """Median and spread of each task's trials, beside the paper's scores. All results have the same
-    checkpoint and settings; of a task's data only hashes[task] counts, or else the last."""
+    checkpoint and settings. Of a task only those count whose data is hashes[task] or, if it is not
+    there, that of its last result."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
     hashes = {**{result["task"]: result["data"] for result in results}, **hashes}
     medians, note = {}, ""
@@ -444,9 +445,10 @@ def print_table(results, hashes):
             medians[row] = np.median(scores)
             print(f"{row:16} {task.metric:8} {medians[row]:6.1f} {min(scores):7.1f} "
                   f"{max(scores):7.1f} {len(scores):6} {PAPER.get(row, ''):6}{subset}")
-    if PAPER.keys() <= medians.keys():
-        ours, papers = np.mean([medians[row] for row in PAPER]), np.mean([*PAPER.values()])
-        print(f"{'average of nine':25} {ours:6.1f}{'':23} {papers:6.1f}{note}")
+    rows = [row for row in PAPER if row in medians]
+    if len(rows) > 1:
+        ours, papers = (np.mean([scores[row] for row in rows]) for scores in (medians, PAPER))
+        print(f"{f'mean of {len(rows)}':25} {ours:6.1f}{'':23} {papers:6.1f}{note}")
 
 
 # -------------------------------------------------------------------------------- 7. The command
@@ -467,7 +469,7 @@ def parse_arguments():
     add("--batch-size", type=int, default=16, help="examples per step" + default)
     add("--lr", type=float, default=4e-5, help="peak learning rate" + default)
     add("--dropout", type=float, help="fraction of values set to zero while training (default: the "
-        "paper's 0.1; with --model modernbert 0, as in transformers)")
+        "paper's 0.1; for a modern or electra checkpoint 0, as in transformers)")
     add("--seed", type=int, default=0, help="of the first trial; each further one adds 1" + default)
     add("--scratch", action="store_true", help="random weights of the same size, as a control")
     add("--test", action="store_true", help="also run the first trial, again if need be, and write "
@@ -488,7 +490,7 @@ def plan_trials(data, args, common, results, at_once):
         keys = [{"task": name, "seed": args.seed + i, **common, "data": data_hash,
                  "rows": len(splits["train"].ids)} for i in range(args.trials)]
         todo = [key for key in keys if not any(key.items() <= result.items() for result in results)]
-        if args.test and keys[0] not in todo:
+        if args.test and TASKS[name].test and keys[0] not in todo:
             todo.insert(0, keys[0])  # its weights were not kept
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
@@ -541,7 +543,7 @@ def main():
             update_results(path, key, scores)
             print(f"{name} seed {key['seed']}: {task.metric} "
                   + " / ".join(f"{score:.1f}" for score in scores.values()), flush=True)
-            if args.test and key["seed"] == args.seed:  # the first, not the best
+            if args.test and task.test and key["seed"] == args.seed:  # the first, not the best
                 write_test_files(test_folder, trial, splits)
         del trials, trial
         gc.collect()  # frees compiled models, which are reference cycles

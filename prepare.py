@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import threading
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- 1. Decisions
 
-VERSION = 2  # raise it with every change that makes the same text give other bytes
+VERSION = 3  # raise it with every change that makes the same text give other bytes
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # ids 0..4; cram.py relies on them
 SEP = SPECIAL_TOKENS.index("<sep>")
 
@@ -54,11 +55,11 @@ MAX_DENSITY = 0.30  # paper's t: keep a document iff tokens < t * characters; no
 TOKENIZER_CHARS = 200_000_000  # the tokenizer is trained on at most this much text
 DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
-VAL_MAX_ROWS = 16_384  # ... up to this many rows (2 M tokens at length 128); the rest is unused
+VAL_MAX_ROWS = 16_384  # ... of which val.bin gets this many rows (2 M tokens at length 128)
 
-# Memory is bounded by these two
+# With the slots, these two bound the memory
 PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
-BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB)
+BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB; to count them takes 200 more)
 
 UNFINISHED = "unfinished"  # the folder inside --out that holds what a run needs to resume
 SAVE_SECONDS = 5  # a killed run loses about this much work
@@ -76,8 +77,10 @@ REASONS_SHOWN = 20  # skipped documents that are named; the others are only coun
 # words together or change a number.
 
 BEFORE_DECOMPOSING = [  # NFKD would lose or change these
-    ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),  # quotes, primes, accents and letters used as apostrophes;
-    ("[“”„‟«»″\x93\x94]", '"'),  # \x91 to \x97: Windows-1252, read as Latin-1
+    # Quotes, primes, accents and letters used as apostrophes; \x91 to \x97 are Windows-1252 read
+    # as Latin-1
+    ("[‘’‚‛‹›′´ʹ-ʿ\x91\x92]", "'"),
+    ("[“”„‟«»″\x93\x94]", '"'),
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
@@ -209,7 +212,7 @@ def read_file(path):
         bad_page = type(error) is OSError and error.errno is None  # how pyarrow reports one
         if not (bad_page or isinstance(error, DAMAGE)):
             raise  # a fault of the disk or the network
-        yield None, f"{path}: the file is damaged or cut off ({error!r:.120})"
+        yield None, f"{path}: nothing can be read from here on ({error!r:.120})"
 
 
 def read_python_docs(_):
@@ -236,7 +239,8 @@ def local_files(pattern, out):
         found = path.rglob("*")
     else:
         found = [path] if path.is_file() else map(Path, glob.glob(pattern, recursive=True))
-    ours = {out / name for name in ("meta.json", "tokenizer.json", UNFINISHED)}  # --out may be here
+    # --out may be inside
+    ours = {out / name for name in ("meta.json", "tokenizer.json", UNFINISHED)}
     found = [f for f in sorted(found)
              if f.is_file() and not ours & {f.resolve(), *f.resolve().parents}]
     files = [str(f) for f in found if kind(str(f)) in READERS]
@@ -252,7 +256,7 @@ def hub_files(name):
 
     try:
         return list(datasets.load_dataset_builder(*HUB[name]).config.data_files["train"])
-    except Exception as error:  # of any of four HTTP libraries
+    except Exception as error:  # its type depends on the HTTP library
         raise SystemExit(f"cannot open {HUB[name][0]} on the hub ({error!r:.120}). Without a "
                          "network, use --source python-docs or text files of your own.") from None
 
@@ -274,7 +278,7 @@ def documents(files, file=0, row=0):
         except Exception as error:
             if not path.startswith("hf://"):
                 raise
-            outage_began = outage_began or time.monotonic()  # a laptop may have slept before it
+            outage_began = outage_began or time.monotonic()  # from the first failure on
             if time.monotonic() - outage_began > OUTAGE_SECONDS:
                 raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
                                  f"({error!r:.120}). {RESUME}") from None
@@ -289,7 +293,7 @@ def progress_bar(*args, **kwargs):
 
 def pieces(text):
     """Split a text into lines, because `normalize` is faster on ASCII and most lines are. Split
-    lines longer than PIECE at spaces, because tokenizing takes over 20 bytes per character."""
+    lines longer than PIECE at a space, because tokenizing takes over 20 bytes per character."""
     start = 0
     while start < len(text):
         limit = start + PIECE
@@ -329,7 +333,8 @@ def exit_with_parent():
 
 def start_worker(tokenizer_json):
     """Runs once in each process."""
-    global tokenizer
+    global tokenizer  # of this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True  # a literal "<mask>" in the text is text
@@ -347,6 +352,7 @@ def tokenize(texts):
             ids.append(np.array(encoding.ids, np.uint16))  # as ints in a list, 20 times the memory
         ids.append(np.array([SEP], np.uint16))
         normal = " ".join(normal)
+        # The space was there in earlier versions; without it other documents would be held out
         digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
         results.append((np.concatenate(ids), len(normal), int.from_bytes(digest, "little")))
     return results
@@ -414,13 +420,13 @@ class Packer:
         if self.path.exists():
             progress = json.loads(self.path.read_text())
             self.cursor, self.counts = progress["cursor"], progress["counts"]
-            print(f"resuming after {self.counts['documents_read']:,} documents; the file they end "
-                  "in is read again up to there")
+            print(f"resuming after {self.counts['documents_read']:,} documents; the file of the "
+                  "last one is read again up to there")
         self.train = open_at(work / "train.tokens", 2 * self.counts["train_tokens"])
         self.val = open_at(work / "val.tokens", 2 * self.counts["val_tokens"])
         self.hashes = open_at(work / "document.hashes", 8 * self.counts["documents_kept"])
-        # A set would grow. A hash overwrites what is in its slot, so a copy is missed if another
-        # hash took the slot in between: 3 % of copies that are a million documents apart
+        # A set would grow with the corpus. A hash overwrites what is in its slot, so a copy is
+        # missed if another hash took the slot in between: 3 % of copies a million documents apart
         self.slots = np.zeros(DUPLICATE_SLOTS, np.uint64)
         hashes = np.fromfile(self.hashes.name, np.uint64)
         self.slots[hashes % np.uint64(DUPLICATE_SLOTS)] = hashes  # the last one in a slot stays
@@ -464,16 +470,16 @@ def pack(files, tokenizer_json, work, seq_len, target):
     """
     packer = Packer(work, seq_len)
     counts, tokenized = packer.counts, tokenize_chunks(files, packer.cursor, tokenizer_json)
-    total = target if files[0].startswith("hf://") else None  # other sources may end before it
+    total = target if files[0].startswith("hf://") else None  # your own text may end before it
     with progress_bar(None, "tokens", total, unit="tok", initial=counts["train_tokens"]) as bar:
-        # A run that was stopped after packing reads no chunk
+        # A run that was stopped after it had reached the target reads no chunk
         while counts["train_tokens"] < target and (chunk := next(tokenized, None)):
             future, reasons, packer.cursor = chunk
             for reason, document in zip(reasons, future.result()):
                 key = "invalid" if reason else packer.add_document(*document)
                 counts[key] += 1
                 if reason and counts[key] <= REASONS_SHOWN:
-                    tqdm.write(f"skipped: {reason}")
+                    tqdm.write(f"note: {reason}")
             counts["documents_read"] += len(reasons)
             bar.update(counts["train_tokens"] - bar.n)
             if time.monotonic() - packer.saved_at > SAVE_SECONDS:
@@ -617,13 +623,16 @@ def prepare(files, args, out, work):
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
     n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
-    val = np.fromfile(work / "val.tokens", (np.uint16, args.seq_len), VAL_MAX_ROWS)
+    val = np.memmap(work / "val.tokens", np.uint16, "r")
+    val = val[: len(val) // args.seq_len * args.seq_len].reshape(-1, args.seq_len)
+    # A sample of all files, in random order, as cram.py takes the first 4,096
+    val = val[np.random.default_rng(0).permutation(len(val))[:VAL_MAX_ROWS]]
     write_atomic(out / "val.bin", val.tobytes())
     write_atomic(out / "tokenizer.json", tokenizer_json.encode())
     return {
         "seq_len": args.seq_len, "vocab_size": tokenizer.get_vocab_size(), "train_rows": n_rows,
         "val_rows": len(val), **counts,
-        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,
+        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,  # without the cut ends
         "characters_per_token":
             counts["characters_written"] / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy, "max_density": MAX_DENSITY,
@@ -634,7 +643,8 @@ def prepare(files, args, out, work):
 
 def main():
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal shows é as \xe9
+        sys.stdout.reconfigure(errors="backslashreplace")
     out, work = Path(args.out), Path(args.out) / UNFINISHED
     files, sizes = [args.source], []
     if args.source not in (*HUB, "python-docs"):

@@ -142,8 +142,8 @@ def command(module, *args, refused=None, **flags):
 
 # ------------------------------------------------------------------------------------ Text and rows
 
-LETTERS = random.Random(0)
-WORDS = ["".join(LETTERS.choices("abcdefghijklmnop", k=LETTERS.randint(3, 8))) for _ in range(100)]
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(3, 8))) for _ in range(100)]
 
 
 def sentences(seed, n):
@@ -205,7 +205,7 @@ ELECTRA = {"recipe": "electra", "generator_layers": 1, "generator_width": 16}
 @pytest.fixture
 def train(data, tmp_path):
     """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
-    stop_after=n a signal comes in the n-th step, as from Ctrl-C. With step_s, a function, the n-th
+    stop_after=n SIGTERM comes in the n-th step. With step_s, a function, the n-th
     step takes step_s(n) seconds, and nothing else takes time."""
     def run(out="out", *args, resume=False, step_s=None, stop_after=None, refused=None, **flags):
         real, steps = cram.mask_tokens, itertools.count(1)
@@ -222,7 +222,7 @@ def train(data, tmp_path):
         args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
         with mock.patch("cram.mask_tokens", begin_step), mock.patch("time.monotonic", clock):
             run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
-        return refused is None and read_run(tmp_path / out)
+        return None if refused else read_run(tmp_path / out)
 
     run.folder = tmp_path
     return run
@@ -371,10 +371,10 @@ def test_special_tokens_come_first_and_are_not_read_from_text(data):
 # ----------------------------------------------------------------------------- 2. Rows lose nothing
 
 
-def reference_rows(texts, tokenizer, max_density, val_every, val_max_rows):
+def reference_rows(texts, tokenizer, max_density, val_every):
     """Rows of 32 to train and to validate on, as plainly as it can be said. A document is dropped
-    if it is dense in tokens. The first row, then one document in val_every, by its hash, validates;
-    what is too much for that is not trained on either."""
+    if it is dense in tokens. The first row, then one document in val_every, by its hash, validates.
+    """
     val, train = [], []
     for text in texts:
         normal = tokenizer.normalizer.normalize_str(text)
@@ -384,8 +384,6 @@ def reference_rows(texts, tokenizer, max_density, val_every, val_max_rows):
             continue
         to_val = max(0, 32 - len(val))
         if not to_val and int.from_bytes(digest, "little") % val_every == 0:
-            if len(val) >= val_max_rows * 32:
-                continue
             to_val = len(ids)
         val += ids[:to_val]
         train += ids[to_val:]
@@ -401,9 +399,10 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
     prepare_rows(out, write_jsonl(tmp_path / "t.jsonl", texts), MAX_DENSITY=0.168, VAL_EVERY=3,
                  VAL_MAX_ROWS=20, BUCKET_TOKENS=3200, DUPLICATE_SLOTS=7)  # texts share a slot
     train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
-    expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3, 20)
+    expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3)
     assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
-    assert [*map(tuple, val.tolist())] == expected_val[:20]
+    places = [expected_val.index(tuple(row)) for row in val.tolist()]  # a sample of all
+    assert len(set(places)) == 20 and max(places) > 40 and places != sorted(places)
     p = np.unique(train, return_counts=True)[1] / train.size
     assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
 
@@ -820,8 +819,8 @@ def test_muon_is_torchs_muon():
 
 
 @pytest.mark.parametrize("recipe, loss, val_loss, tolerance", [
-    ("crammed", 4.62322, 4.57589, 2e-4), ("modern", 4.54408, 4.53045, 2e-4),
-    ("electra", 4.5348, 4.5278, 2e-3)])
+    ("crammed", 4.62322, 4.54408, 2e-4), ("modern", 4.54408, 4.48572, 2e-4),
+    ("electra", 4.5348, 4.4825, 2e-3)])
 def test_the_final_loss_of_each_recipe(finished, recipe, loss, val_loss, tolerance):
     """Numbers of this code, no results: what moves them changes what a recipe computes. (A second
     thread moves them by 5e-6, and electra's by 4e-4, as it draws another token.)"""
@@ -1329,7 +1328,7 @@ def test_all_of_glue_and_the_files_for_its_server(glue):
             for name in finetune_glue.EIGHT for split in finetune_glue.TASKS[name].validation]
     assert abs(scores["stsb", 0]["validation"] - scores["stsb", 1]["validation"]) > 1  # two heads
     assert f"\ncola             matthews {nine[-1]:6.1f} " in printed
-    [average] = re.findall("^average of nine +(.*)", printed, re.M)
+    [average] = re.findall("^mean of 9 +(.*)", printed, re.M)
     assert average.split() == [f"{sum(nine) / 9:.1f}", "80.7", "subset"]  # the paper's
 
     run("--task", "all", "--trials", 1, "--test")
