@@ -46,6 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from numpy.random import SeedSequence, default_rng
 from tokenizers import Tokenizer, decoders
 from tokenizers.processors import TemplateProcessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -432,7 +433,7 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
 
 def mask_seed(seed, step):
     """Seed of a step's masks, 63 bits. Hashed, as the CPU's generator reads only the lowest 32."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
+    return int(SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def progress_at(elapsed, step, s):
@@ -572,7 +573,7 @@ def row_numbers(position, count, n_rows, s):
 
 @functools.lru_cache(2)  # 8 bytes a row each; two, because a batch may span two passes
 def permutation(n_rows, seed, number):
-    return np.random.default_rng((seed, number)).permutation(n_rows)
+    return default_rng((seed, number)).permutation(n_rows)
 
 
 def next_position(position, batch, rows_left, n_rows, s):
@@ -590,7 +591,7 @@ def next_position(position, batch, rows_left, n_rows, s):
 def validation_set(data, device):
     """What `mask_tokens` returns, but the same on every machine and for every recipe."""
     rows = torch.from_numpy(data.val[:VAL_ROWS].astype(np.int64))
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     M = max(1, round(VAL_MASK_RATE * data.seq_len))
     where = torch.from_numpy(rng.random(rows.shape).argsort(1)[:, :M])
     uniform = torch.from_numpy(rng.random(where.shape)).float()
