@@ -161,7 +161,8 @@ class CrammedBERT(nn.Module):
         self.objective = s.objective
         C = s.width
         if C % (2 * s.heads):
-            raise CramError(f"a width of {C} must be an even multiple of its {s.heads} heads")
+            raise CramError(f"a width of {C} must be an even multiple of its {s.heads} heads "
+                            "(a generator has one for every 64 of its width)")
         self.embed = nn.Embedding(vocab_size, C) if embed is None else embed
         E = self.embed.embedding_dim
         if modernbert:
@@ -542,10 +543,10 @@ class Data:
             self.train, self.val = (  # reshape notices a file that was copied in part
                 np.memmap(folder / f"{name}.bin", "<u2", "r").reshape(
                     meta[f"{name}_rows"], self.seq_len) for name in ("train", "val"))
+            self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (ValueError, KeyError, TypeError) as error:
-            raise CramError(f"meta.json, train.bin or val.bin in {folder} is damaged ({error}): "
-                            "copy the folder again") from None
-        self.tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            raise CramError(f"a file in {folder} is damaged ({error}): copy the folder again"
+                            ) from None
         if hashlib.sha256(self.tokenizer_json.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise CramError(f"{folder}/tokenizer.json is not the one the tokens were made with")
 
@@ -633,8 +634,7 @@ def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {}. Returns the number of the
     signal that asked it to stop, or 0."""
     clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
-    saved.get("state", {}).pop("s_per_row", None)  # an earlier version kept it
-    state = TrainState(**saved.get("state", {}))
+    state = saved.get("state") or TrainState()
     with clock.part("start"):
         device, dtype, peak_flops = find_device(s.device, s.precision)
         on_card = device.type == "cuda"
@@ -762,7 +762,8 @@ def train(s, saved):
     reader.shutdown(cancel_futures=True)
     if stopping:
         if not save_last():
-            raise CramError(f"stopped after step {state.step:,}, which could not be saved")
+            raise CramError(f"stopped after step {state.step:,}, which could not be saved: "
+                            "--resume goes on from an older last.pt, if there is one")
         say(f"stopped after step {state.step:,}; continue with --resume")
         return int(stopping)
     if not state.step:
@@ -1015,7 +1016,11 @@ class Log:
                  "mfu": flops / self.peak_flops if self.peak_flops else None, **val_metrics}
         say(log_row(entry))
         try:
-            self.file.write(json.dumps(entry).encode() + b"\n")
+            line = json.dumps(entry).encode() + b"\n"
+            written = self.file.write(line)
+            if written < len(line):  # so a disk that has become full says it first
+                self.file.truncate(self.file.tell() - written)
+                raise OSError("no space left")
         except OSError as error:
             say(f"log.jsonl: {error}; training continues")
         return entry
@@ -1087,7 +1092,7 @@ def save_run(s, data, state, clock, model, optimizers, scaler):
                 "model": model.state_dict(), "scaler": scaler.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         except OSError as error:
-            say(f"{error} Training continues; last.pt stays as it was")
+            say(f"{error} last.pt stays as it was")
             return False
     return True
 
@@ -1124,13 +1129,16 @@ def save_atomic(path, content):
 
 
 def load_file(path, needed):
-    """What save_atomic wrote, its settings as `Settings`. With weights_only no code is run."""
+    """What save_atomic wrote, with its `Settings`, `TrainState`. weights_only: no code is run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
                         "stopped needs --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = Settings(**content["settings"])  # what is missing takes its default
+        if "state" in content:
+            content["state"].pop("s_per_row", None)  # an earlier version kept it
+            content["state"] = TrainState(**content["state"])
     except TypeError as error:
         raise CramError(f"{path} is not from this version of cram.py: {error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
@@ -1138,7 +1146,8 @@ def load_file(path, needed):
                         f"({type(error).__name__})") from None
     if needed not in content:
         raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
-                        "finished model, and neither can take the other's place")
+                        "finished model, and neither can take the other's place (nor that of an "
+                        "earlier version)")
     return content
 
 
@@ -1379,13 +1388,13 @@ def main():
         with contextlib.suppress(CramError):  # another process may have left: all is saved by now
             all_max(0)  # rank 0 may still be writing
         dist.destroy_process_group()
-    return stopped_by
+    return stopped_by if WORLD_SIZE == 1 else 0  # torchrun would report a failure
 
 
 if __name__ == "__main__":
     try:
         asked = main()
-    except KeyboardInterrupt:  # before the first step, or the second
+    except KeyboardInterrupt:  # before the first step
         asked = signal.SIGINT
         print("\ncram.py: interrupted", file=sys.stderr)
     except (CramError, OSError) as error:
@@ -1393,6 +1402,6 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("cram.py: out of memory: is another program on the card? Go on with --resume, or "
                  "begin again if there is no last.pt, and give a smaller --microbatch")
-    if asked and WORLD_SIZE == 1:  # end by the signal, so that a shell's && or loop goes no further
+    if asked:  # end by the signal, so that a shell's && or loop goes no further
         signal.signal(asked, signal.SIG_DFL)
         signal.raise_signal(asked)

@@ -21,6 +21,7 @@ import json
 import lzma
 import math
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -476,7 +477,7 @@ def parse_arguments():
         "its predictions of the test splits for the GLUE server")
     add("--device", default="auto", help="auto, cuda, mps or cpu" + default)
     args = parser.parse_args()
-    if not (min(args.trials, args.epochs, args.batch_size, args.lr) > 0
+    if not (min(args.trials, args.epochs, args.batch_size) > 0 and 0 < args.lr < math.inf
             and 0 <= (args.dropout or 0) < 1 and 0 <= args.seed < 2**31):
         parser.error("--trials, --epochs, --batch-size and --lr must be positive, --dropout from 0 "
                      "to below 1, --seed from 0 to 2**31 - 1")
@@ -560,4 +561,6 @@ if __name__ == "__main__":
     except (CramError, OSError) as error:
         sys.exit(f"finetune_glue.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes with the unfinished trials")
+        print("\nstopped; the same command resumes with the unfinished trials", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end by it, so that a shell's loop ends, too
+        signal.raise_signal(signal.SIGINT)

@@ -607,7 +607,9 @@ def prepare(files, args, out, work):
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         texts = progress_bar(tokenizer_texts(files), "tokenizer", unit=" lines")
+        usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python sees no Ctrl-C in `train`
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
+        signal.signal(signal.SIGINT, usual)
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
 
@@ -679,4 +681,6 @@ if __name__ == "__main__":
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
         sys.exit(f"prepare.py stopped: {error}. {RESUME}")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped. {RESUME}")
+        print(f"\nstopped. {RESUME}", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end by it, so that a shell's loop ends, too
+        signal.raise_signal(signal.SIGINT)

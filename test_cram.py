@@ -1121,20 +1121,27 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(train):
 
 def test_a_full_disk(train, finished):
     """Too little room is said at the start. In mid-run training continues, and the older last.pt
-    stays whole. A disk that holds one more file gets the model: here no file may be larger."""
+    stays whole, as do the lines of the log. A disk that holds one more file gets the model: here no
+    file may be larger."""
     with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=1000)):
         train("other", steps=2, refused="has 0 MB free")
     last, model = (finished("crammed") / name for name in ("last.pt", "ckpt.pt"))
     assert model.stat().st_mtime_ns < last.stat().st_mtime_ns  # it is written first
 
     before, _ = train(steps=12, stop_after=2)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines, limits = train.folder / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = lines.read_bytes()
+    process = start("cram.py", "--resume", "--out", lines.parent, preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, limits[1]))))
+    assert "log.jsonl: no space left" in process.communicate()[0] and process.returncode == 1
+    assert lines.read_bytes() == whole
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (last.stat().st_size * 2 // 3, limits[1]))
     try:
         saved, log = train(resume=True, save_minutes=1e-9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert train.printed.count("full? Training continues; last.pt stays as it was") == 11
+    assert train.printed.count("full? last.pt stays as it was") == 11
     assert log[-1]["step"] == 12
     assert_same(saved["model"], before["model"])
     assert cram.load_checkpoint(train.folder / "out/ckpt.pt")
@@ -1425,13 +1432,16 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     ("cram --out out --export new", "only --model modernbert", {}),
     ("finetune_glue --task cola --batch-size 100", "give a smaller --batch-size", {}),
     ("finetune_glue --task rte", "train.jsonl", {}),
+    (f"{COLA} --lr nan", "--lr must be positive", {}),
 
     ("cram --steps 2", "damaged", {"rows/meta.json": "{}"}),
     ("cram --steps 2", "not the one", {"rows/tokenizer.json": "{}"}),
+    ("cram --steps 2", "damaged", {"rows/tokenizer.json": b"\xff"}),
     ("cram --steps 2", "damaged", {"rows/val.bin": ""}),
     (COLA, "not a checkpoint", {"out/ckpt.pt": ""}),
     (FILL, "not a checkpoint", {"out/ckpt.pt": "no checkpoint"}),
     (FILL, "version of cram.py", {"out/ckpt.pt": {"model": {}, "settings": {"magic": 1}}}),
+    (FILL, "version of cram.py", {"out/ckpt.pt": {"settings": {}, "state": {"losses": []}}}),
     (FILL, "code, which is not run", {"out/ckpt.pt": {"model": os.getcwd, "settings": {}}}),
     (COLA, "train.jsonl, after 0 rows", {"glue/cola/train.jsonl": '{"sentence": '}),
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": "[3]"}),
@@ -1453,7 +1463,7 @@ def test_bad_input_is_refused(data, glue, tmp_path, monkeypatch, line, words, da
         if isinstance(content, dict):
             torch.save(content, file)
         else:
-            Path(file).write_text(content)
+            Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     name, *args = line.split()
     usual = {"prepare": ("--out", "new", *SMALL_ROWS),
