@@ -680,6 +680,8 @@ if __name__ == "__main__":
         main()
     except (OSError, BrokenExecutor) as error:  # the latter: a worker ran out of memory
         sys.exit(f"prepare.py stopped: {error}. {RESUME}")
+    except json.JSONDecodeError as error:  # those in the text are counted as invalid documents
+        sys.exit(f"a JSON file that prepare.py keeps in --out is damaged ({error}): delete --out")
     except KeyboardInterrupt:
         print(f"\nstopped. {RESUME}", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end by it, so that a shell's loop ends, too
