@@ -1018,7 +1018,7 @@ class Log:
         try:
             line = json.dumps(entry).encode() + b"\n"
             written = self.file.write(line)
-            if written < len(line):  # so a disk that has become full says it first
+            if written < len(line):  # a disk that is just becoming full takes a part
                 self.file.truncate(self.file.tell() - written)
                 raise OSError("no space left")
         except OSError as error:
@@ -1129,7 +1129,7 @@ def save_atomic(path, content):
 
 
 def load_file(path, needed):
-    """What save_atomic wrote, with its `Settings`, `TrainState`. weights_only: no code is run."""
+    """What save_atomic wrote, if `needed` is in it. With weights_only no code in it is run."""
     if not Path(path).is_file():
         raise CramError(f"no checkpoint {path}: a finished run has a ckpt.pt, and one that was "
                         "stopped needs --resume")
