@@ -1146,8 +1146,8 @@ def load_file(path, needed):
                         f"({type(error).__name__})") from None
     if needed not in content:
         raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
-                        "finished model, and neither can take the other's place (nor that of an "
-                        "earlier version)")
+                        "finished model, neither can take the other's place, and some of earlier "
+                        "versions cannot be resumed")
     return content
 
 

@@ -625,8 +625,8 @@ def prepare(files, args, out, work):
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
     n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
-    val = np.memmap(work / "val.tokens", np.uint16, "r")
-    val = val[: len(val) // args.seq_len * args.seq_len].reshape(-1, args.seq_len)
+    val = np.memmap(work / "val.tokens", np.uint16, "r",
+                    shape=(counts["val_tokens"] // args.seq_len, args.seq_len))
     # A sample of all files, in random order, as cram.py takes the first 4,096
     val = val[np.random.default_rng(0).permutation(len(val))[:VAL_MAX_ROWS]]
     write_atomic(out / "val.bin", val.tobytes())
@@ -634,7 +634,7 @@ def prepare(files, args, out, work):
     return {
         "seq_len": args.seq_len, "vocab_size": tokenizer.get_vocab_size(), "train_rows": n_rows,
         "val_rows": len(val), **counts,
-        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,  # without the cut ends
+        "train_tokens": n_rows * args.seq_len, "val_tokens": val.size,  # of whole rows
         "characters_per_token":
             counts["characters_written"] / (counts["train_tokens"] + counts["val_tokens"]),
         "unigram_entropy": entropy, "max_density": MAX_DENSITY,

@@ -898,6 +898,8 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
             cram.load_checkpoint(path)[0].logits(ids)
     else:
         fill("nothing", refused="<mask>")
+    with mock.patch("cram.RANK", 1):  # torchrun has several processes; one answers
+        assert fill("nothing") == ""
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
@@ -931,6 +933,14 @@ def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeyp
     saved, _ = train("out", "--compile", minutes=1, ramp=0,  # n = 1 searches for the microbatch
                      step_s=lambda n: 40 if n == 2 else 0.3)
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
+
+
+def test_a_resume_begins_no_step_that_would_end_too_late(train):
+    """11 of 12 s are over, and a step takes 1.1 s."""
+    train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
+    saved, log = train(resume=True, minutes=0.2, step_s=lambda n: 1.1)
+    assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
+    assert (train.folder / "out/ckpt.pt").exists() and "budget is spent" not in train.printed
 
 
 def test_the_clock_is_not_misled_by_a_pause(train):
