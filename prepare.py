@@ -58,7 +58,7 @@ VAL_MAX_ROWS = 16_384  # ... of which val.bin gets this many rows (2 M tokens at
 
 # With the slots, these two bound the memory
 PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
-BUCKET_TOKENS = 25_600_000  # read or shuffled at once (51 MB; to count them takes 200 more)
+BLOCK_TOKENS = 25_600_000  # read or shuffled at once (51 MB; counting them takes 200 MB more)
 
 UNFINISHED = "unfinished"  # the folder inside --out that holds what a run needs to resume
 SAVE_SECONDS = 5  # a killed run loses about this much work
@@ -488,57 +488,45 @@ def pack(files, tokenizer_json, work, seq_len, target):
 # ------------------------------------------------------------------------------- 6. Order
 
 
-def row_blocks(path, seq_len, dot):
-    """Yields blocks of whole rows (n, seq_len) and their sort keys (n,): the number of "."."""
-    with open(path, "rb") as f:
-        while len(rows := np.fromfile(f, (np.uint16, seq_len), BUCKET_TOKENS // seq_len)):
-            yield rows, (rows == dot).sum(1)
-
-
 def order_rows(work, out_path, seq_len, tokenizer):
     """Sort rows by their number of ".", most first: short sentences first (paper v2).
 
     Rows with the same number are shuffled: training must not see one source file after another.
-    As they may not fit in memory, they are dealt in turn to buckets (files), each shuffled alone.
+    They are first collected in a file. If that may not fit in memory, it is shuffled in n blocks,
+    block i being every n-th row from row i on.
 
-    Returns (rows, sha256 of the file, unigram entropy in nats).
+    Returns (sha256 of the ordered file, unigram entropy in nats).
     """
     dot, vocab_size = tokenizer.token_to_id("."), tokenizer.get_vocab_size()
-    per_key, per_token = np.zeros(seq_len + 1, np.int64), np.zeros(vocab_size, np.int64)
-    for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
-        per_key += np.bincount(keys, minlength=seq_len + 1)
-        per_token += np.bincount(rows.ravel(), minlength=vocab_size)
-    print(f"ordering {per_key.sum():,} rows")
-
-    folder = work / "buckets"
+    per_token = np.zeros(vocab_size, np.int64)
+    folder = work / "rows"
     shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left some
     folder.mkdir()
-    n_buckets = -(-per_key * seq_len // BUCKET_TOKENS)  # rounded up
-    dealt = np.zeros(seq_len + 1, np.int64)
-    for rows, keys in row_blocks(work / "train.tokens", seq_len, dot):
-        for key in np.unique(keys):
-            same, n = rows[keys == key], n_buckets[key]
-            for i in range(n):  # row r with this key goes to bucket r % n
-                with open(folder / f"{key}.{(dealt[key] + i) % n}", "ab") as f:
-                    f.write(same[i::n].tobytes())
-            dealt[key] += len(same)
+    with open(work / "train.tokens", "rb") as tokens:
+        while len(rows := np.fromfile(tokens, (np.uint16, seq_len), BLOCK_TOKENS // seq_len)):
+            per_token += np.bincount(rows.ravel(), minlength=vocab_size)
+            dots = (rows == dot).sum(1)
+            for number in np.unique(dots):
+                with open(folder / str(number), "ab") as f:
+                    f.write(rows[dots == number].tobytes())
 
-    buckets = [folder / f"{key}.{k}" for key in reversed(range(seq_len + 1))
-               for k in range(n_buckets[key])]
-    part, digest = out_path.with_suffix(".part"), hashlib.sha256()
+    part, digest, seeds = out_path.with_suffix(".part"), hashlib.sha256(), itertools.count()
     with open(part, "wb") as f:
-        for seed, bucket in enumerate(buckets):
-            rows = np.fromfile(bucket, (np.uint16, seq_len))
-            bucket.unlink()
-            shuffled = np.random.default_rng(seed).permutation(rows).tobytes()
-            f.write(shuffled)
-            digest.update(shuffled)
+        for path in sorted(folder.iterdir(), key=lambda path: int(path.name), reverse=True):
+            rows = np.memmap(path, np.uint16, "r").reshape(-1, seq_len)
+            n = -(-rows.size // BLOCK_TOKENS)  # rounded up
+            for i in range(n):
+                shuffled = np.random.default_rng(next(seeds)).permutation(np.array(rows[i::n]))
+                f.write(shuffled)
+                digest.update(shuffled)
+            del rows  # Windows deletes no file that is mapped
+            path.unlink()
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, out_path)
 
     p = per_token[per_token > 0] / per_token.sum()
-    return int(per_key.sum()), digest.hexdigest(), float(-(p * np.log(p)).sum())
+    return digest.hexdigest(), float(-(p * np.log(p)).sum())
 
 
 # ------------------------------------------------------------------------------- 7. All together
@@ -621,7 +609,9 @@ def prepare(files, args, out, work):
     if counts["train_tokens"] < args.tokens:
         print(f"the source ended after {counts['train_tokens']:,} training tokens")
 
-    n_rows, sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
+    n_rows = counts["train_tokens"] // args.seq_len
+    print(f"ordering {n_rows:,} rows")
+    sha256, entropy = order_rows(work, out / "train.bin", args.seq_len, tokenizer)
     val = np.memmap(work / "val.tokens", np.uint16, "r",
                     shape=(counts["val_tokens"] // args.seq_len, args.seq_len))
     # A sample of all files, in random order, as cram.py takes the first 4,096

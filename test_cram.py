@@ -397,7 +397,7 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
     texts[4], out = sentences(4, 2000), tmp_path / "d"
     assert len(texts[4]) > 1.2 * prepare.PIECE
     prepare_rows(out, write_jsonl(tmp_path / "t.jsonl", texts), MAX_DENSITY=0.168, VAL_EVERY=3,
-                 VAL_MAX_ROWS=20, BUCKET_TOKENS=3200, DUPLICATE_SLOTS=7)  # texts share a slot
+                 VAL_MAX_ROWS=20, BLOCK_TOKENS=3200, DUPLICATE_SLOTS=7)  # texts share a slot
     train, val, meta = rows_of(out), rows_of(out, "val"), meta_of(out)
     expected_train, expected_val = reference_rows(texts, tokenizer_of(out), 0.168, 3)
     assert Counter(map(tuple, train.tolist())) == Counter(expected_train)
@@ -410,7 +410,7 @@ def test_packing_loses_nothing_and_orders_by_full_stops(tmp_path):
     assert (np.diff(dots.astype(int)) <= 0).all() and dots[0] > dots[-1]
     place = {row: i for i, row in enumerate(expected_train)}
     ties = [place[tuple(row)] for row in train[dots == np.bincount(dots).argmax()].tolist()]
-    # Rows with the same count are mixed, not in the order of the source, also across buckets
+    # Rows with the same count are mixed, not in the order of the source, also across blocks
     assert 0.3 < (np.diff(ties) > 0).mean() < 0.7
     assert abs(np.corrcoef(ties, range(len(ties)))[0, 1]) < 0.2
 
