@@ -56,7 +56,7 @@ DUPLICATE_SLOTS = 2**25  # of 8 bytes: 268 MB, see `Packer`
 VAL_EVERY = 100  # one document in 100 is held out for validation ...
 VAL_MAX_ROWS = 16_384  # ... of which val.bin gets this many rows (2 M tokens at length 128)
 
-# With the slots, these two bound the memory
+# With DUPLICATE_SLOTS, these two bound the memory
 PIECE = 100_000  # characters tokenized at once; .txt files are cut into documents of this size
 BLOCK_TOKENS = 25_600_000  # read or shuffled at once (51 MB; counting them takes 200 MB more)
 
@@ -83,7 +83,8 @@ BEFORE_DECOMPOSING = [  # NFKD would lose or change these
     ("[™℠]", " "),
     ("º", "°"),  # commonly typed for degrees
     ("≠", "!="),
-    # Empty matches: they insert. Look-behinds exclude the start, where the library panics
+    # These three match the empty string, so they insert. Each looks back at a character, as the
+    # library panics on an empty match at the start of a text
     (r"(?=[¹²³⁰-ⁿ])(?<=[^¹²³⁰-ⁿ])", "^"),  # 10⁻² is 10^-2, m² is m^2
     (r"(?=[₀-₉])(?<=\p{Nd})", "_"),  # 1₂ is 1_2, but H₂O is h2o
     (r"(?=[\p{No}&&[^¹²³⁰-₉]])(?<=\S)|(?<=[\p{No}&&[^¹²³⁰-₉]])(?=\S)", " "),  # 1½ is 1 1/2
@@ -140,7 +141,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 # ------------------------------------------------------------------------------- 3. Sources
-# A reader yields (text, None) for each document and (None, reason) for one that cannot be read.
+# A reader yields (text, None) for each document and (None, reason) for what it cannot read.
 # A file always gives the same documents in the same order, so that a run can resume by number.
 
 
@@ -259,9 +260,9 @@ def hub_files(name):
 
 
 def documents(files, file=0, row=0):
-    """Yields (text, reason, cursor): a reader's pair and the place after it, (number of the file,
-    documents read from that file), where a later call may start. If the hub does not answer, tries
-    again for OUTAGE_SECONDS."""
+    """Yields (text, reason, cursor) from `file` and `row` on. The first two are a reader's pair, and
+    documents(files, *cursor) would go on after it. If the hub does not answer, tries again for
+    OUTAGE_SECONDS."""
     outage_began = None
     while file < len(files):
         path = files[file]
@@ -284,7 +285,7 @@ def documents(files, file=0, row=0):
 
 
 def progress_bar(*args, **kwargs):
-    """A log file, which keeps every update, gets one a minute."""
+    """tqdm, but once a minute if it goes to a log file, which would keep every update."""
     return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
@@ -592,7 +593,8 @@ def prepare(files, args, out, work):
     tokenizer_path = work / "tokenizer.json"
     if not tokenizer_path.exists():
         texts = progress_bar(tokenizer_texts(files), "tokenizer", unit=" lines")
-        usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python sees no Ctrl-C in `train`
+        # While the library trains, Python sees no Ctrl-C, so it has to end the process directly
+        usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
         write_atomic(tokenizer_path, train_tokenizer(texts, args.vocab_size).to_str().encode())
         signal.signal(signal.SIGINT, usual)
     tokenizer_json = tokenizer_path.read_text(encoding="utf-8")
