@@ -1457,7 +1457,6 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": "[3]"}),
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": '{"sentence": 3}'}),
     (COLA, "from 0 to 1", {"glue/cola/train.jsonl": '{"sentence": "x", "label": 0.5}'}),
-    (COLA, "idx counting from 0", {"glue/cola/test.jsonl": '{"sentence": "x", "idx": 1}'}),
     (COLA, "test.jsonl has no rows", {"glue/cola/test.jsonl": ""}),
     *((COLA, "glue.json is not a results file", {"out/glue.json": content})
       for content in ('{"runs": 3}', "[3]", "")),
