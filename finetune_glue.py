@@ -146,7 +146,7 @@ def read_split(name, split, folder):
             good = label in range(classes) if classes else isinstance(label, (int, float))
         if not good:
             needs = f"a label from 0 to {classes - 1}" if classes else "a number as label"
-            raise CramError(f"{where}, row {number}, needs {' and '.join(task.columns)} as text and "
+            raise CramError(f"{where}, row {number}, needs {' and '.join(task.columns)} as text, "
                             f"{needs}: {json.dumps(row)[:300]}")
     return rows
 
@@ -394,12 +394,11 @@ def run_trials(trials, bar):
 
 
 def update_results(path, key=None, scores=None):
-    """Add or replace a trial in glue.json, if one is given, and return all trials. The file is read
-    anew each time, as another command may write to it (at the same instant, one trial is lost)."""
-    try:  # dict() raises for any other content
-        results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
-    except (ValueError, TypeError):
-        raise CramError(f"{path} is not a results file of this version: move it away") from None
+    """Add a trial to glue.json, or replace it, and return all trials; without a key only these. The
+    file is read again each time, as another command may have added to it. (If two write at the same
+    instant, one trial is lost.)"""
+    # dict() fails on a file that is not ours, so it is not overwritten
+    results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -424,20 +423,15 @@ def write_test_files(folder, trial, splits):
         (folder / f"{file}.tsv").write_text("index\tprediction\n" + rows, newline="\n")
 
 
-def print_table(results, hashes):
-    """Median and spread of each task's trials, beside the paper's scores. All results have the same
-    checkpoint and settings. Of a task only those count whose data is hashes[task] or, if it is not
-    there, that of its last result."""
+def print_table(results):
+    """Median and spread of each task's trials, beside the paper's scores. All trials of a task must
+    have the same checkpoint, settings and data."""
     print(f"\n{'task':16} {'metric':8} median  lowest highest trials  paper")
-    hashes = {**{result["task"]: result["data"] for result in results}, **hashes}
-    medians, note = {}, ""
+    medians = {}
     for name, task in TASKS.items():
-        trials = [r for r in results if r["task"] == name and r["data"] == hashes[name]]
-        if not trials:
-            continue
-        subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
-        note = note or subset
-        for split in task.validation:
+        trials = [result for result in results if result["task"] == name]
+        for split in task.validation if trials else ():
+            subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
             row = name + split.removeprefix("validation").replace("_", "-")
             scores = [trial["scores"][split] for trial in trials]
             medians[row] = np.median(scores)
@@ -446,7 +440,7 @@ def print_table(results, hashes):
     rows = [row for row in PAPER if row in medians]
     if len(rows) > 1:
         ours, papers = (np.mean([scores[row] for row in rows]) for scores in (medians, PAPER))
-        print(f"{f'mean of {len(rows)}':25} {ours:6.1f}{'':23} {papers:6.1f}{note}")
+        print(f"{f'mean of {len(rows)}':25} {ours:6.1f}{'':23} {papers:6.1f}")
 
 
 # -------------------------------------------------------------------------------- 7. The command
@@ -497,8 +491,6 @@ def plan_trials(data, args, common, results, at_once):
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):  # an ASCII terminal shows é as \xe9
-        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments()
     device, dtype, _ = find_device(args.device, "auto")
     if dtype == torch.float16:
@@ -547,8 +539,9 @@ def main():
         gc.collect()  # frees compiled models, which are reference cycles
         torch.cuda.empty_cache()
     bar.close()
-    print_table([result for result in update_results(path) if common.items() <= result.items()],
-                {name: data_hash for name, (_, data_hash) in data.items()})
+    hashes = [data_hash for _, data_hash in data.values()]
+    print_table([result for result in update_results(path)  # also those of earlier commands
+                 if common.items() <= result.items() and result["data"] in hashes])
     print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
 
 

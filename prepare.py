@@ -260,7 +260,7 @@ def hub_files(name):
 
 
 def documents(files, file=0, row=0):
-    """Yields (text, reason, cursor) from `file` and `row` on. The first two are a reader's pair, and
+    """Yields (text, reason, cursor), from `file` and `row` on. The first two are a reader's pair;
     documents(files, *cursor) would go on after it. If the hub does not answer, tries again for
     OUTAGE_SECONDS."""
     outage_began = None
