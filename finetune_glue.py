@@ -235,13 +235,14 @@ def lr_at(step, steps, peak):
 
 # -------------------------------------------------------------------------------- 5. A trial
 
-COMPILE_ROWS = 50_000  # compile from this many training rows on; it takes seconds per length
-OVERHEAD = 48  # a step takes time in proportion to its padded length + 48, as timed on an H200
+COMPILE_ROWS = 50_000  # with fewer training rows, compiling (seconds per length) does not pay
+OVERHEAD = 48  # for the bar: a step takes time like its padded length + 48, as timed on an H200
 
 
 def trials_at_once(model, device, dtype, batch_size):
-    """How many trials run side by side: as many as fit in memory, at most eight. Per parameter a
-    trial needs 16 bytes (weight, gradient, two moments), and 24 of activations for 16 bf16 rows."""
+    """How many trials run side by side: as many as fit in memory, at most eight. A rule of thumb:
+    per parameter, a trial needs 16 bytes for weight, gradient and two moments, and another 24 for
+    the activations of 16 rows in bf16."""
     if device.type != "cuda":
         return 1
     bytes_each = 16 + 12 * dtype.itemsize * max(1, batch_size / 16)
@@ -313,7 +314,7 @@ class Trial:
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently, so on a card nothing but the task decides about it
+        # Compiled code rounds differently, so whether to compile must depend on the task alone
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
             # Blocks and trials share a compiled version per length, four at most; modernbert has
             # twice as many, as its first block has no norm: eight, torch.compile's recompile_limit.
@@ -379,7 +380,7 @@ class Trial:
 
 
 def run_trials(trials, bar):
-    """Run trials of one task side by side."""
+    """Run trials of one task side by side: a step of each, then the next step of each."""
     for k in range(len(trials[0].lengths)):  # the same number of steps for all
         for trial in trials:
             trial.run_step(k)
@@ -483,7 +484,7 @@ def plan_trials(data, args, common, results, at_once):
                  "rows": len(splits["train"].ids)} for i in range(args.trials)]
         todo = [key for key in keys if not any(key.items() <= result.items() for result in results)]
         if args.test and TASKS[name].test and keys[0] not in todo:
-            todo.insert(0, keys[0])  # its weights were not kept
+            todo.insert(0, keys[0])  # runs again, as its weights were not kept
         if not todo:
             print(f"{name}: glue.json has all these trials, none is run")
         groups += [(name, splits, todo[i : i + at_once]) for i in range(0, len(todo), at_once)]
@@ -500,6 +501,7 @@ def main():
     if args.dropout is None:
         args.dropout = 0.0 if bert.modernbert else 0.1
     args.max_length = min(MAX_LENGTH, bert.seq_len)
+    # What the keys of all trials of this command have in common
     settings = ("epochs", "batch_size", "lr", "dropout", "scratch", "max_length")
     common = {"checkpoint": hashlib.sha256(Path(args.ckpt).read_bytes()).hexdigest(),
               "settings": {name: getattr(args, name) for name in settings}}
