@@ -263,21 +263,20 @@ def documents(files, file=0, row=0):
     """Yields (text, reason, cursor), from `file` and `row` on. The first two are a reader's pair;
     documents(files, *cursor) would go on after it. If the hub does not answer, tries again for
     OUTAGE_SECONDS."""
-    outage_began = None
+    answered_at = time.monotonic()
     while file < len(files):
         path = files[file]
         read = read_python_docs if path == "python-docs" else read_file
         try:
             for text, reason in itertools.islice(read(path), row, None):
-                outage_began = None
                 row += 1
+                answered_at = time.monotonic()
                 yield text, reason, (file, row)
             file, row = file + 1, 0
         except Exception as error:
             if not path.startswith("hf://"):
                 raise
-            outage_began = outage_began or time.monotonic()  # from the first failure on
-            if time.monotonic() - outage_began > OUTAGE_SECONDS:
+            if time.monotonic() - answered_at > OUTAGE_SECONDS:
                 raise SystemExit(f"no answer from the hub for {OUTAGE_SECONDS // 60} minutes "
                                  f"({error!r:.120}). {RESUME}") from None
             tqdm.write(f"the hub does not answer ({error!r:.120}); trying again")
