@@ -411,7 +411,8 @@ def update_results(path, key=None, scores=None):
 
 
 def write_test_files(folder, trial, splits):
-    """Write predictions of the test splits in the GLUE server's format."""
+    """Write predictions of the test splits in the GLUE server's format, numbered as the rows are
+    read: the official files have them in the order of their idx."""
     labels = trial.task.labels
     files = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these as well
     for split, file in trial.task.test.items():
