@@ -69,7 +69,7 @@ EIGHT = [name for name, task in TASKS.items() if task.train_rows]  # --task all
 PAPER = {"mnli-matched": 84.1, "mnli-mismatched": 84.6, "sst2": 92.0, "stsb": 87.4, "rte": 58.5,
          "qnli": 90.2, "qqp": 87.5, "mrpc": 88.9, "cola": 53.3}
 
-MAX_LENGTH = 128  # tokens of an example
+MAX_LENGTH = 128  # tokens of an example, at most
 BUCKET = 32  # batches are padded to 32, 64, 96 or 128 tokens; `record_graphs` allows no more
 
 
