@@ -398,8 +398,10 @@ def update_results(path, key=None, scores=None):
     """Add a trial to glue.json, or replace it, and return all trials; without a key only these. The
     file is read again each time, as another command may have added to it. (If two write at the same
     instant, one trial is lost.)"""
-    # dict() fails on a file that is not ours, so it is not overwritten
-    results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
+    try:  # dict() fails on entries of another version
+        results = [*map(dict, json.loads(path.read_text()))] if path.exists() else []
+    except (ValueError, TypeError):
+        raise CramError(f"{path} is not a results file of this version: move it away") from None
     if key:
         results = [result for result in results if not key.items() <= result.items()]
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -1457,6 +1457,7 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": '{"sentence": 3}'}),
     (COLA, "from 0 to 1", {"glue/cola/train.jsonl": '{"sentence": "x", "label": 0.5}'}),
     (COLA, "test.jsonl has no rows", {"glue/cola/test.jsonl": ""}),
+    (COLA, "glue.json is not a results file", {"out/glue.json": '{"runs": 3}'}),
 ])
 def test_bad_input_is_refused(data, glue, tmp_path, monkeypatch, line, words, damage):
     """A wrong command, or a right one where files are damaged, says so and leaves nothing behind.
