@@ -602,14 +602,16 @@ def validation_set(data, device):
 
 # ------------------------------------------------------------------------------------- 5. Training
 
+PARTS = ("start", "compile", "train", "validate", "save")  # of the wall clock
 MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first, until its loss scale is found
 DIVERGED = "not finite: the run has diverged. Start again with a smaller --lr and another --out"
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside its weights, optimizers and clock."""
+    """Where a run stands, beside its weights and optimizers."""
 
+    seconds: dict  # of the budget, by what took them: `Clock`
     step: int = 0
     rows: int = 0  # trained on
     position: int = 0  # of the next row: rows plus those that next_position skipped
@@ -633,25 +635,24 @@ class TrainState:
 def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {}. Returns the number of the
     signal that asked it to stop, or 0."""
-    clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
-    state = saved.get("state") or TrainState()
-    with clock.part("start"):
-        device, dtype, peak_flops = find_device(s.device, s.precision)
-        on_card = device.type == "cuda"
-        data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
-        val_set = validation_set(data, device)
-        torch.manual_seed(s.seed)
-        with device:  # the CPU would take seconds to draw 120 M weights
-            model = build_model(s, data.vocab_size, data.seq_len)
-        join_processes(s, device, model)
-        check_free_disk(out, model)
-        optimizers = build_optimizers(model, s)
-        use_compile = can_compile(device) if s.compile is None else s.compile
-        compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        mask_generator = torch.Generator(device)
+    state = saved.get("state") or TrainState(dict.fromkeys(PARTS, 0.0))
+    clock = Clock(state.seconds)  # the budget counts from here to the last update
+    device, dtype, peak_flops = find_device(s.device, s.precision)
+    on_card = device.type == "cuda"
+    data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
+    val_set = validation_set(data, device)
+    torch.manual_seed(s.seed)
+    with device:  # the CPU would take seconds to draw 120 M weights
+        model = build_model(s, data.vocab_size, data.seq_len)
+    join_processes(s, device, model)
+    check_free_disk(out, model)
+    optimizers = build_optimizers(model, s)
+    use_compile = can_compile(device) if s.compile is None else s.compile
+    compiled = torch.compile(model) if use_compile else model
+    warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mask_generator = torch.Generator(device)
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
@@ -667,22 +668,24 @@ def train(s, saved):
             total = total + metrics.detach()
         return total
 
-    with clock.part("compile"):
-        microbatch = s.microbatch or (512 if on_card else 32)
-        if use_compile or on_card:
-            microbatch = find_microbatch(
-                microbatch, s, data.seq_len, model, optimizers, forward_backward)
-            # The last microbatch of a step may be smaller: compile that size now, too
-            batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
-            forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
-            model.zero_grad()
+    clock.lap("start")
+    microbatch = s.microbatch or (512 if on_card else 32)
+    if use_compile or on_card:
+        microbatch = find_microbatch(
+            microbatch, s, data.seq_len, model, optimizers, forward_backward)
+        # The last microbatch of a step may be smaller: compile that size now, too
+        batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
+        forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
+        model.zero_grad()
+    clock.lap("compile")
+
     if saved:
         restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
-    log = Log(s, data, model, state, clock, progress, peak_flops)
+    log = Log(s, data, model, state, progress, peak_flops)
     if state.step and progress >= 1:
         say("this budget is spent: no step is taken, and the model is written as it stands")
 
@@ -694,14 +697,15 @@ def train(s, saved):
     # is decided later, by the clock
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
-    save_last = functools.partial(save_run, s, data, state, clock, model, optimizers, scaler)
+    save_last = functools.partial(save_run, s, data, state, model, optimizers, scaler)
     skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
+    clock.lap("start")
 
     while True:
         # 1. The processes agree on the time, the pace, and whether to stop. The pace is the mean of
         # the whole run, so that a pause in one step decides little; 0: not known yet
-        s_per_row = clock.training_s() / state.rows if state.rows else 0.0
+        s_per_row = state.seconds["train"] / state.rows if state.rows else 0.0
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
@@ -746,19 +750,20 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
+        clock.lap("train")
         elapsed = all_max(clock.elapsed())[0]  # again, as all processes validate, or none
         progress = progress_at(elapsed, state.step, s)
         line_due, validation_due = log.due(progress)
         if line_due:
-            with clock.part("validate"):
-                val = validate(model, autocast, val_set, microbatch) if validation_due else {}
+            val = validate(model, autocast, val_set, microbatch) if validation_due else {}
             log.write(elapsed, progress, val)
             state.log_bytes, state.metric_steps = log.file.tell(), 0
+            clock.lap("validate")
         if time.monotonic() - saved_at > 60 * s.save_minutes:
             save_last()
             saved_at = time.monotonic()
+            clock.lap("save")
 
-    clock.stopped_at = time.monotonic()
     reader.shutdown(cancel_futures=True)
     if stopping:
         if not save_last():
@@ -779,7 +784,7 @@ def train(s, saved):
         "tokenizer": data.tokenizer_json, "result": result,
         **{name: network.state_dict() for name, network in networks_of(model).items()}})
     save_last()
-    print_summary(s, data, model, state, clock, result, device, peak_flops)
+    print_summary(s, data, model, state, result, device, peak_flops)
     return stop.asked  # after the last step: all is done, and a shell's loop goes no further
 
 
@@ -787,27 +792,19 @@ def train(s, saved):
 
 
 class Clock:
-    """Seconds of the budget, without the time between sessions.
+    """Adds to seconds[part] the time since the part before it ended. What comes after the last lap
+    costs no budget: the final validation and checkpoints, and the time until a resume."""
 
-    What is not start-up, compilation, validation or saving is training. When `stopped_at` is set,
-    nothing counts any more: final validation and checkpoints cost no budget, also not on a resume.
-    """
+    def __init__(self, seconds):
+        self.seconds, self.lap_began = seconds, time.monotonic()
 
-    def __init__(self, elapsed_s=0.0, parts=None):
-        self.zero, self.stopped_at = time.monotonic() - elapsed_s, None
-        self.parts = parts or dict.fromkeys(("start", "compile", "validate", "save"), 0.0)
+    def lap(self, part):
+        now = time.monotonic()
+        self.seconds[part] += now - self.lap_began
+        self.lap_began = now
 
     def elapsed(self):
-        return (self.stopped_at or time.monotonic()) - self.zero
-
-    def training_s(self):
-        return self.elapsed() - sum(self.parts.values())
-
-    @contextlib.contextmanager
-    def part(self, name):
-        began = self.elapsed()
-        yield
-        self.parts[name] += self.elapsed() - began
+        return sum(self.seconds.values()) + time.monotonic() - self.lap_began
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
@@ -981,10 +978,10 @@ class Log:
     """A line every 2 % of the budget or every minute (with --steps: 100 steps), whichever comes
     first; validation every 5 %. Rank 0 writes the lines to the screen and to log.jsonl."""
 
-    def __init__(self, s, data, model, state, clock, progress, peak_flops):
+    def __init__(self, s, data, model, state, progress, peak_flops):
         self.lines = max(50, s.steps / 100 if s.steps else 60 * s.hours)
-        self.state, self.clock, self.progress = state, clock, progress
-        self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
+        self.state, self.progress = state, progress
+        self.rows, self.train_s, self.tokens_per_s = state.rows, state.seconds["train"], 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
         self.flops_per_token, self.peak_flops = model.flops_per_token(s.mask_rate), peak_flops
         self.file = open(os.devnull if RANK else Path(s.out) / "log.jsonl", "ab", buffering=0)
@@ -1002,11 +999,11 @@ class Log:
         return line and progress < 1, validation  # the last line of a run comes after the loop
 
     def write(self, elapsed, progress, val_metrics):
-        state, training_s = self.state, self.clock.training_s()
+        state, train_s = self.state, self.state.seconds["train"]
         if state.rows > self.rows:
             tokens = (state.rows - self.rows) * self.seq_len
-            self.tokens_per_s = tokens / (training_s - self.training_s)
-        self.rows, self.training_s = state.rows, training_s
+            self.tokens_per_s = tokens / (train_s - self.train_s)
+        self.rows, self.train_s = state.rows, train_s
         flops = self.tokens_per_s * self.flops_per_token
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
@@ -1079,21 +1076,19 @@ def validate(model, autocast, val_set, rows_at_once):
             "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
 
 
-def save_run(s, data, state, clock, model, optimizers, scaler):
+def save_run(s, data, state, model, optimizers, scaler):
     """Write last.pt, all that a resume needs. False if it cannot be written: a full disk ends no
     run. Weights that are not finite end it, and do not replace last.pt."""
-    with clock.part("save"):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise CramError(f"the weights are {DIVERGED}")
-        try:
-            save_atomic(Path(s.out) / "last.pt", {
-                "settings": asdict(s), "data": data.hashes, "state": asdict(state),
-                "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
-                "model": model.state_dict(), "scaler": scaler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        except OSError as error:
-            say(f"{error} last.pt stays as it was")
-            return False
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise CramError(f"the weights are {DIVERGED}")
+    try:
+        save_atomic(Path(s.out) / "last.pt", {
+            "settings": asdict(s), "data": data.hashes, "state": asdict(state),
+            "model": model.state_dict(), "scaler": scaler.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    except OSError as error:
+        say(f"{error} last.pt stays as it was")
+        return False
     return True
 
 
@@ -1137,7 +1132,6 @@ def load_file(path, needed):
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = Settings(**content["settings"])  # what is missing takes its default
         if "state" in content:
-            content["state"].pop("s_per_row", None)  # an earlier version kept it
             content["state"] = TrainState(**content["state"])
     except TypeError as error:
         raise CramError(f"{path} is not from this version of cram.py: {error}") from None
@@ -1151,9 +1145,9 @@ def load_file(path, needed):
     return content
 
 
-def print_summary(s, data, model, state, clock, result, device, peak_flops):
-    elapsed, tokens = clock.elapsed(), result["tokens"]
-    parts = {"train": clock.training_s(), **clock.parts}
+def print_summary(s, data, model, state, result, device, peak_flops):
+    elapsed, tokens = sum(state.seconds.values()), result["tokens"]
+    parts = ", ".join(f"{name} {t:.1f} s ({t / elapsed:.1%})" for name, t in state.seconds.items())
     budget = f"{s.steps:,} steps" if s.steps else f"{3600 * s.hours:.1f} s"
     memory = (f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
               if device.type == "cuda" else "n/a")
@@ -1163,8 +1157,7 @@ def print_summary(s, data, model, state, clock, result, device, peak_flops):
 tokens           {tokens:,} in {state.rows:,} rows, {state.rows / len(data.train):.2f} passes
 steps            {state.step:,}, of which {state.skipped:,} skipped
 wall clock       {elapsed:.1f} s of {budget}
-                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
-after the clock  {time.monotonic() - clock.stopped_at:.1f} s for the final validation and checkpoint
+                 {parts}
 peak memory      {memory}
 exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
 training loss    {result.get('loss_generator', result['loss']) or math.nan:.3f}

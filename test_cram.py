@@ -260,7 +260,7 @@ def wait_for_log(process, out):
 
 # Bit for bit the same, through dictionaries and lists of tensors
 assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-TIMES = ("elapsed_s", "s_per_row", "tokens_per_s", "mfu", "log_bytes")  # the log has times in it
+TIMES = ("elapsed_s", "seconds", "tokens_per_s", "mfu", "log_bytes")  # the log has times in it
 
 
 def untimed(entry):
