@@ -682,8 +682,6 @@ def train(s, saved):
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
     log = Log(s, data, model, state, progress, peak_flops)
-    if state.step and progress >= 1:
-        say("this budget is spent: no step is taken, and the model is written as it stands")
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
     rows_left = math.inf
@@ -956,7 +954,7 @@ def print_header(data, model, device, dtype, use_compile, microbatch):
         f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
         "validate on; always predicting the token frequencies gives loss "
         f"{data.unigram_entropy:.3f}, the unigram entropy\n"
-        "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
+        "    time   done     step  batch        lr    loss     val    tokens/s     MFU")
 
 
 class Log:
@@ -1009,17 +1007,14 @@ class Log:
 
 
 def log_row(e):
-    """A line of the log for the screen. With --steps the time left is a guess, as later steps may
-    have more rows. Of `Electra` loss and val are the generator's."""
-    times = []
-    for seconds in (e["elapsed_s"], e["elapsed_s"] * max(0, 1 / e["progress"] - 1)):
-        minutes, seconds = divmod(round(seconds), 60)
-        times.append(f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}")
+    """A line of the log for the screen. Of `Electra` loss and val are the generator's."""
+    minutes, seconds = divmod(round(e["elapsed_s"]), 60)
+    time = f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}"
     loss = e.get("loss_generator", e["loss"])
     loss = "-" if loss is None else f"{loss:.3f}"
     val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
-    return (f"{' '.join(times)} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
+    return (f"{time} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 
