@@ -911,12 +911,11 @@ def lock_folder(out):
 def check_free_disk(out, model):
     """Refuse to start where the checkpoints will not fit. 28 bytes a parameter: 12 for last.pt
     (weights, two moments at most), an old and a new one while saving, and 4 for ckpt.pt."""
+    room = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.glob("*.pt*"))
     needed = 28 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in out.glob("*.pt*"))
-    free = shutil.disk_usage(out).free
-    if RANK == 0 and free + there < needed:
-        raise CramError(f"{out} has {free / 1e6:,.0f} MB free, and its checkpoints need "
-                        f"{(needed - there) / 1e6:,.0f} MB: make room, or give another --out")
+    if RANK == 0 and room < needed:
+        raise CramError(f"{out} has room for {room / 1e6:,.0f} MB of checkpoints, and they need "
+                        f"{needed / 1e6:,.0f} MB: make room, or give another --out")
 
 
 def find_microbatch(microbatch, batch, s, seq_len, model, forward_backward):
@@ -947,7 +946,6 @@ def find_microbatch(microbatch, batch, s, seq_len, model, forward_backward):
 
 def print_header(data, model, device, dtype, use_compile, microbatch):
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(dtype).removeprefix("torch.")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
         f"{microbatch} rows per forward pass\n"
@@ -1009,12 +1007,12 @@ class Log:
 def log_row(e):
     """A line of the log for the screen. Of `Electra` loss and val are the generator's."""
     minutes, seconds = divmod(round(e["elapsed_s"]), 60)
-    time = f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}"
+    elapsed = f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}"
     loss = e.get("loss_generator", e["loss"])
     loss = "-" if loss is None else f"{loss:.3f}"
     val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
-    return (f"{time} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
+    return (f"{elapsed} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 

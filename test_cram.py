@@ -1133,7 +1133,7 @@ def test_a_full_disk(train, finished):
     stays whole, as do the lines of the log. A disk that holds one more file gets the model: here no
     file may be larger."""
     with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=1000)):
-        train("other", steps=2, refused="has 0 MB free")
+        train("other", steps=2, refused="has room for 0 MB")
     last, model = (finished("crammed") / name for name in ("last.pt", "ckpt.pt"))
     assert model.stat().st_mtime_ns < last.stat().st_mtime_ns  # it is written first
 
