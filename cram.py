@@ -1272,14 +1272,12 @@ CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": (
 def check(s):
     """Raise CramError for numbers that cannot work; argparse knows the CHOICES."""
     rules = [
-        ("hours layers width heads generator_layers generator_width batch lr eps clip save_minutes",
-         "a positive number", lambda x: 0 < x < math.inf),
-        ("steps microbatch weight_decay rtd_weight", "0 or more", lambda x: 0 <= x < math.inf),
-        ("ramp lr_start warmup decay mask_replace", "a fraction, from 0 to 1",
-         lambda x: 0 <= x <= 1),
-        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
-        ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
-        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31)]
+        ("hours layers width heads generator_layers generator_width batch lr clip", "above 0",
+         lambda x: x > 0),
+        ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "0 or more",
+         lambda x: x >= 0),
+        ("ramp lr_start warmup decay beta1 beta2 mask_rate mask_replace", "from 0 to 1",
+         lambda x: 0 <= x <= 1)]
     for names, what, holds in rules:
         for name in names.split():
             value = getattr(s, name)
@@ -1289,8 +1287,6 @@ def check(s):
 
 def resolve_settings(given, saved):
     """What was given on the command line, over the settings of last.pt or of the recipe."""
-    if len({"hours", "minutes", "steps"} & set(given)) > 1:
-        raise CramError("give one of --hours, --minutes and --steps")
     if "minutes" in given:
         given["hours"] = given.pop("minutes") / 60
     if "hours" in given:
@@ -1316,21 +1312,24 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    budget = parser.add_mutually_exclusive_group()
     for f in fields(Settings):
         kind = ({"action": argparse.BooleanOptionalAction} if f.name == "compile" else
                 {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)})
         values = [f"default: {f.default}", *(
             f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items() if f.name in recipe)]
         help = f"{comments[f.name]} ({'; '.join(values)})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
-    parser.add_argument("--minutes", type=float, metavar="float",
+        group = budget if f.name in ("hours", "steps") else parser
+        group.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
+    budget.add_argument("--minutes", type=float, metavar="float",
                         help="wall-clock budget in minutes instead of --hours")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --out where it stopped, with its settings")
-    parser.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
-                        "<mask> in TEXT, on the CPU unless --device is given, then exit")
-    parser.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
-                        "transformers into the new folder DIR, then exit")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true",
+                      help="continue the run in --out where it stopped, with its settings")
+    mode.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
+                      "<mask> in TEXT, on the CPU unless --device is given, then exit")
+    mode.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
+                      "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())
 
 
@@ -1340,15 +1339,11 @@ def main():
     given = parse_arguments()
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
     out = Path(given.get("out", Settings.out))
-    if text is not None and RANK == 0:
-        fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
-    if folder is not None and RANK == 0:
-        export(out / "ckpt.pt", Path(folder))
-    if text is not None or folder is not None:
-        return
+    if text is not None:
+        return fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
+    if folder is not None:
+        return export(out / "ckpt.pt", Path(folder))
 
-    if resume and not (out / "last.pt").exists():
-        raise CramError(f"there is no {out}/last.pt to resume")
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
     if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
         raise CramError(f"{out} holds a run: give another --out, or continue it with --resume")

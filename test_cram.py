@@ -898,8 +898,6 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
             cram.load_checkpoint(path)[0].logits(ids)
     else:
         fill("nothing", refused="<mask>")
-    with mock.patch("cram.RANK", 1):  # torchrun has several processes; one answers
-        assert fill("nothing") == ""
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
@@ -1431,9 +1429,9 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     ("prepare --source nowhere", "nothing to read there", {}),
     ("prepare --source short.jsonl", "too little text", {}),
     ("prepare --source short.jsonl --vocab-size 70000", "256 to 65536", {}),
-    ("cram --hours nan", "--hours must be a positive number", {}),
+    ("cram --hours nan", "--hours must be above 0", {}),
     ("cram --hours 1e-9", "over before the first step", {}),
-    ("cram --hours 1 --steps 2", "one of --hours, --minutes and --steps", {}),
+    ("cram --hours 1 --steps 2", "not allowed with argument", {}),
     ("cram --steps 2 --heads 5", "even multiple of its 5 heads", {}),
     ("cram --steps 2 --recipe magic", "choose from", {}),
     ("cram --fill <mask>", "no checkpoint", {}),
@@ -1489,7 +1487,7 @@ def test_a_run_is_refused_to_be_resumed_as_something_else(train, data):
     other = shutil.copytree(data, train.folder / "other")
     (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
     train(resume=True, data=other, refused="other train_sha256")
-    train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
+    train("x", resume=True, refused=f"no checkpoint {train.folder}/x/last.pt")
     train(resume=True, data=train.folder / "moved", refused="name its folder with --data")
     train(resume=True)
     shutil.copy(train.folder / "out/ckpt.pt", train.folder / "out/last.pt")
