@@ -1193,17 +1193,13 @@ def fill(path, text, device):
 
 @torch.no_grad()
 def export(path, folder):
-    """Write a finished model as a folder that Hugging Face transformers loads as ModernBERT.
-
-    Raises CramError if it is not of that architecture, or the folder is not empty.
-    """
+    """Write a finished model as a new folder that Hugging Face transformers loads as ModernBERT.
+    Raises CramError if it is not of that architecture."""
     model, tokenizer = load_checkpoint(path)
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise CramError(f"{folder} is not empty: give --export a new folder")
+    folder.mkdir(parents=True)
 
     joined = {"model.embeddings.tok_embeddings": [model.embed], "head.dense": [model.head[0]],
               "model.embeddings.norm": [model.embed_norm], "model.final_norm": [model.final_norm],
@@ -1217,45 +1213,34 @@ def export(path, folder):
             joined[f"{layer}.attn_norm"] = [block.norm1]
     weights = {f"{name}.weight": torch.cat([module.weight for module in modules])
                for name, modules in joined.items()}
-    kind, labels, warning = "ForMaskedLM", {}, ""
+    kind, labels = "ForMaskedLM", {}
     if model.objective == "rtd":  # softmax of (0, z) is the sigmoid of z
         weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
         weights["classifier.bias"] = F.pad(model.score_bias, (1, 0))
         kind, labels = "ForTokenClassification", {
             "id2label": {0: "original", 1: "replaced"}, "label2id": {"original": 0, "replaced": 1}}
-        warning = ("It says which tokens were replaced, and guesses none: AutoModelForMaskedLM "
-                   "loads this folder without complaint, but what it guesses is nonsense.\n")
     save_atomic(folder / "pytorch_model.bin", weights)
 
     V, C = model.embed.weight.shape
-    theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["ModernBert" + kind], "model_type": "modernbert", **labels,
         "vocab_size": V, "hidden_size": C, "intermediate_size": 2 * C, "norm_eps": 1e-5,
         "num_attention_heads": model.blocks[0].attention.heads, "decoder_bias": False,
         "max_position_embeddings": model.seq_len, "num_hidden_layers": len(model.blocks),
         "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * len(model.blocks),
-        "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
-        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
+        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,
         "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
-        "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}, indent=2))
+        "bos_token_id": CLS, "eos_token_id": SEP}, indent=2))
 
-    export_tokenizer(tokenizer, model.seq_len, folder)
-    (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\n---\nA BERT trained from scratch by cram.py, after "
-        "arXiv 2212.14034.\n" + warning)
-    say(f"wrote {folder}: AutoModel{kind}.from_pretrained({str(folder)!r}) loads it")
-
-
-def export_tokenizer(tokenizer, seq_len, folder):
     tokenizer.decoder = decoders.WordPiece()  # "un ##hash ##able" -> "unhashable"
     tokenizer.post_processor = TemplateProcessing(
         "<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1", [("<cls>", CLS), ("<sep>", SEP)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.seq_len,
         "model_input_names": ["input_ids", "attention_mask"], "pad_token": "<pad>",
         "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}))
+    say(f"wrote {folder}: AutoModel{kind}.from_pretrained({str(folder)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------- 8. Command line
