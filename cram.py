@@ -760,9 +760,7 @@ def train(s, saved):
 
     reader.shutdown(cancel_futures=True)
     if stopping:
-        if not save_last():
-            raise CramError(f"stopped after step {state.step:,}, which could not be saved: "
-                            "--resume goes on from an older last.pt, if there is one")
+        save_last()
         say(f"stopped after step {state.step:,}; continue with --resume")
         return int(stopping)
     if not state.step:
@@ -1055,8 +1053,8 @@ def validate(model, autocast, val_set, rows_at_once):
 
 
 def save_run(s, data, state, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs. False if it cannot be written: a full disk ends no
-    run. Weights that are not finite end it, and do not replace last.pt."""
+    """Write last.pt, all that a resume needs. A full disk ends no run. Weights that are not finite
+    end it, and do not replace last.pt."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise CramError(f"the weights are {DIVERGED}")
     try:
@@ -1066,8 +1064,6 @@ def save_run(s, data, state, model, optimizers, scaler):
             "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     except OSError as error:
         say(f"{error} last.pt stays as it was")
-        return False
-    return True
 
 
 def restore(saved, s, data, model, optimizers, scaler):
@@ -1111,15 +1107,14 @@ def load_file(path, needed):
         content["settings"] = Settings(**content["settings"])  # what is missing takes its default
         if "state" in content:
             content["state"] = TrainState(**content["state"])
+        if needed not in content:
+            raise KeyError(needed)
     except TypeError as error:
         raise CramError(f"{path} is not from this version of cram.py: {error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
-                        f"({type(error).__name__})") from None
-    if needed not in content:
-        raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
-                        "finished model, neither can take the other's place, and some of earlier "
-                        "versions cannot be resumed")
+        raise CramError(f"{path} is not a checkpoint of cram.py, or not the right one (last.pt is "
+                        "a run to resume, ckpt.pt a finished model), or holds code, which is not "
+                        f"run ({type(error).__name__})") from None
     return content
 
 
