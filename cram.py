@@ -888,11 +888,8 @@ def say(text):
 
 
 def lock_folder(out):
-    """Make the folder, and let one run at a time write there. Returns a file to keep open.
-
-    The lock ends with the process, however that ends. Open the file nowhere else: closing it once
-    releases the lock. Where there are no locks (Windows, some file systems) it warns.
-    """
+    """Make the folder, and let one run at a time write there. Returns a file to keep open: the lock
+    ends with the process, however that ends, or when the file is closed, here or elsewhere."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "w")
     try:
@@ -901,7 +898,7 @@ def lock_folder(out):
     except (BlockingIOError, PermissionError):
         raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
                         "--out") from None
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
         say(f"{out} cannot be locked ({error}): start no other run there")
     return file
 
@@ -947,9 +944,8 @@ def print_header(data, model, device, dtype, use_compile, microbatch):
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
         f"{microbatch} rows per forward pass\n"
-        f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
-        "validate on; always predicting the token frequencies gives loss "
-        f"{data.unigram_entropy:.3f}, the unigram entropy\n"
+        f"{len(data.train):,} rows of {data.seq_len} tokens; always predicting the token "
+        f"frequencies gives loss {data.unigram_entropy:.3f}, the unigram entropy\n"
         "    time   done     step  batch        lr    loss     val    tokens/s     MFU")
 
 
