@@ -602,14 +602,16 @@ def validation_set(data, device):
 
 # ------------------------------------------------------------------------------------- 5. Training
 
+PARTS = ("start", "compile", "train", "validate", "save")  # of the wall clock
 MAX_SKIPPED = 30  # steps in a row; fp16 skips some 16 at first, until its loss scale is found
 DIVERGED = "not finite: the run has diverged. Start again with a smaller --lr and another --out"
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside its weights, optimizers and clock."""
+    """Where a run stands, beside its weights and optimizers."""
 
+    seconds: dict  # of the budget, by what took them: `Clock`
     step: int = 0
     rows: int = 0  # trained on
     position: int = 0  # of the next row: rows plus those that next_position skipped
@@ -633,25 +635,24 @@ class TrainState:
 def train(s, saved):
     """Train by the settings s. `saved` is what last.pt holds, or {}. Returns the number of the
     signal that asked it to stop, or 0."""
-    clock = Clock(**saved.get("clock", {}))  # the budget counts from here to the last update
-    state = saved.get("state") or TrainState()
-    with clock.part("start"):
-        device, dtype, peak_flops = find_device(s.device, s.precision)
-        on_card = device.type == "cuda"
-        data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
-        val_set = validation_set(data, device)
-        torch.manual_seed(s.seed)
-        with device:  # the CPU would take seconds to draw 120 M weights
-            model = build_model(s, data.vocab_size, data.seq_len)
-        join_processes(s, device, model)
-        check_free_disk(out, model)
-        optimizers = build_optimizers(model, s)
-        use_compile = can_compile(device) if s.compile is None else s.compile
-        compiled = torch.compile(model) if use_compile else model
-        warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        mask_generator = torch.Generator(device)
+    state = saved.get("state") or TrainState(dict.fromkeys(PARTS, 0.0))
+    clock = Clock(state.seconds)  # the budget counts from here to the last update
+    device, dtype, peak_flops = find_device(s.device, s.precision)
+    on_card = device.type == "cuda"
+    data, out, budget_s = Data(s.data), Path(s.out), 3600 * s.hours
+    val_set = validation_set(data, device)
+    torch.manual_seed(s.seed)
+    with device:  # the CPU would take seconds to draw 120 M weights
+        model = build_model(s, data.vocab_size, data.seq_len)
+    join_processes(s, device, model)
+    check_free_disk(out, model)
+    optimizers = build_optimizers(model, s)
+    use_compile = can_compile(device) if s.compile is None else s.compile
+    compiled = torch.compile(model) if use_compile else model
+    warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mask_generator = torch.Generator(device)
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
@@ -667,24 +668,20 @@ def train(s, saved):
             total = total + metrics.detach()
         return total
 
-    with clock.part("compile"):
-        microbatch = s.microbatch or (512 if on_card else 32)
-        if use_compile or on_card:
-            microbatch = find_microbatch(
-                microbatch, s, data.seq_len, model, optimizers, forward_backward)
-            # The last microbatch of a step may be smaller: compile that size now, too
-            batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
-            forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
-            model.zero_grad()
+    clock.lap("start")
+    microbatch = s.microbatch or (512 if on_card else 32)
+    if use_compile or on_card:
+        batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
+        microbatch = find_microbatch(microbatch, batch, s, data.seq_len, model, forward_backward)
+    clock.lap("compile")
+
     if saved:
         restore(saved, s, data, model, optimizers, scaler)
         say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
 
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
-    log = Log(s, data, model, state, clock, progress, peak_flops)
-    if state.step and progress >= 1:
-        say("this budget is spent: no step is taken, and the model is written as it stands")
+    log = Log(s, data, model, state, progress, peak_flops)
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
     rows_left = math.inf
@@ -694,14 +691,15 @@ def train(s, saved):
     # is decided later, by the clock
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
-    save_last = functools.partial(save_run, s, data, state, clock, model, optimizers, scaler)
+    save_last = functools.partial(save_run, s, data, state, model, optimizers, scaler)
     skipped_in_a_row, saved_at = 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
+    clock.lap("start")
 
     while True:
         # 1. The processes agree on the time, the pace, and whether to stop. The pace is the mean of
         # the whole run, so that a pause in one step decides little; 0: not known yet
-        s_per_row = clock.training_s() / state.rows if state.rows else 0.0
+        s_per_row = state.seconds["train"] / state.rows if state.rows else 0.0
         elapsed, s_per_row, stopping = all_max(clock.elapsed(), s_per_row, stop.asked)
 
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
@@ -746,24 +744,23 @@ def train(s, saved):
         # 6. Count, log, validate, save
         state.step, state.rows, state.position = state.step + 1, state.rows + batch, position
         state.lr, state.batch = lr, batch
+        clock.lap("train")
         elapsed = all_max(clock.elapsed())[0]  # again, as all processes validate, or none
         progress = progress_at(elapsed, state.step, s)
         line_due, validation_due = log.due(progress)
         if line_due:
-            with clock.part("validate"):
-                val = validate(model, autocast, val_set, microbatch) if validation_due else {}
+            val = validate(model, autocast, val_set, microbatch) if validation_due else {}
             log.write(elapsed, progress, val)
             state.log_bytes, state.metric_steps = log.file.tell(), 0
+            clock.lap("validate")
         if time.monotonic() - saved_at > 60 * s.save_minutes:
             save_last()
             saved_at = time.monotonic()
+            clock.lap("save")
 
-    clock.stopped_at = time.monotonic()
     reader.shutdown(cancel_futures=True)
     if stopping:
-        if not save_last():
-            raise CramError(f"stopped after step {state.step:,}, which could not be saved: "
-                            "--resume goes on from an older last.pt, if there is one")
+        save_last()
         say(f"stopped after step {state.step:,}; continue with --resume")
         return int(stopping)
     if not state.step:
@@ -779,7 +776,7 @@ def train(s, saved):
         "tokenizer": data.tokenizer_json, "result": result,
         **{name: network.state_dict() for name, network in networks_of(model).items()}})
     save_last()
-    print_summary(s, data, model, state, clock, result, device, peak_flops)
+    print_summary(s, data, model, state, result, device, peak_flops)
     return stop.asked  # after the last step: all is done, and a shell's loop goes no further
 
 
@@ -787,27 +784,19 @@ def train(s, saved):
 
 
 class Clock:
-    """Seconds of the budget, without the time between sessions.
+    """Adds to seconds[part] the time since the part before it ended. What comes after the last lap
+    costs no budget: the final validation and checkpoints, and the time until a resume."""
 
-    What is not start-up, compilation, validation or saving is training. When `stopped_at` is set,
-    nothing counts any more: final validation and checkpoints cost no budget, also not on a resume.
-    """
+    def __init__(self, seconds):
+        self.seconds, self.lap_began = seconds, time.monotonic()
 
-    def __init__(self, elapsed_s=0.0, parts=None):
-        self.zero, self.stopped_at = time.monotonic() - elapsed_s, None
-        self.parts = parts or dict.fromkeys(("start", "compile", "validate", "save"), 0.0)
+    def lap(self, part):
+        now = time.monotonic()
+        self.seconds[part] += now - self.lap_began
+        self.lap_began = now
 
     def elapsed(self):
-        return (self.stopped_at or time.monotonic()) - self.zero
-
-    def training_s(self):
-        return self.elapsed() - sum(self.parts.values())
-
-    @contextlib.contextmanager
-    def part(self, name):
-        began = self.elapsed()
-        yield
-        self.parts[name] += self.elapsed() - began
+        return sum(self.seconds.values()) + time.monotonic() - self.lap_began
 
 
 PEAK_TFLOPS = {  # dense bf16 (fp16 before Ampere) with fp32 accumulation, NVIDIA's data sheets
@@ -857,8 +846,6 @@ def join_processes(s, device, model):
     draw different ones from a seed."""
     if WORLD_SIZE == 1:
         return
-    if device.type == "mps":
-        raise CramError("torchrun needs CUDA cards, or --device cpu")
     if batch_at(0, s) < WORLD_SIZE:
         raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
     # gloo carries the numbers of all_max, NCCL what is on the cards
@@ -877,7 +864,7 @@ def all_max(*numbers):
     if WORLD_SIZE == 1:
         return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)
-    all_reduce(numbers, dist.ReduceOp.MAX)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 
 
@@ -886,16 +873,8 @@ def all_sum(tensors):
     pass hands over all gradients at once, so DDP's overlap would gain nothing."""
     if WORLD_SIZE > 1:
         vector = nn.utils.parameters_to_vector(tensors)
-        all_reduce(vector)
+        dist.all_reduce(vector)
         nn.utils.vector_to_parameters(vector, tensors)
-
-
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    try:
-        dist.all_reduce(tensor, operation)
-    except RuntimeError as error:
-        raise CramError(f"rank {RANK} has lost another process of the run ({error}). When the "
-                        "cause is fixed, continue with --resume") from None
 
 
 def say(text):
@@ -909,11 +888,8 @@ def say(text):
 
 
 def lock_folder(out):
-    """Make the folder, and let one run at a time write there. Returns a file to keep open.
-
-    The lock ends with the process, however that ends. Open the file nowhere else: closing it once
-    releases the lock. Where there are no locks (Windows, some file systems) it warns.
-    """
+    """Make the folder, and let one run at a time write there. Returns a file to keep open: the lock
+    ends with the process, however that ends, or when the file is closed, here or elsewhere."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "w")
     try:
@@ -922,7 +898,7 @@ def lock_folder(out):
     except (BlockingIOError, PermissionError):
         raise CramError(f"another run is writing to {out}: wait for it to end, or give another "
                         "--out") from None
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
         say(f"{out} cannot be locked ({error}): start no other run there")
     return file
 
@@ -930,28 +906,27 @@ def lock_folder(out):
 def check_free_disk(out, model):
     """Refuse to start where the checkpoints will not fit. 28 bytes a parameter: 12 for last.pt
     (weights, two moments at most), an old and a new one while saving, and 4 for ckpt.pt."""
+    room = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.glob("*.pt*"))
     needed = 28 * sum(p.numel() for p in model.parameters())
-    there = sum(path.stat().st_size for path in out.glob("*.pt*"))
-    free = shutil.disk_usage(out).free
-    if RANK == 0 and free + there < needed:
-        raise CramError(f"{out} has {free / 1e6:,.0f} MB free, and its checkpoints need "
-                        f"{(needed - there) / 1e6:,.0f} MB: make room, or give another --out")
+    if RANK == 0 and room < needed:
+        raise CramError(f"{out} has room for {room / 1e6:,.0f} MB of checkpoints, and they need "
+                        f"{needed / 1e6:,.0f} MB: make room, or give another --out")
 
 
-def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
+def find_microbatch(microbatch, batch, s, seq_len, model, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
-    Tries two microbatches of zeros, which also compiles the code, beside as much memory as the
-    optimizers' moments will take: one of each weight in Muon, two in AdamW.
+    Tries two microbatches of zeros beside as much memory as AdamW's moments will take, then the
+    next step's `batch`, whose last microbatch may be smaller. This also compiles both sizes.
     """
-    moments = [torch.empty_like(p) for optimizer in optimizers  # noqa: F841
-               for group in optimizer.param_groups for p in group["params"]
-               for _ in range(1 if isinstance(optimizer, Muon) else 2)]
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
     while microbatch:
         out_of_memory = False
-        rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
         try:
-            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch).tolist()
+            for rows in (min(s.batch, 2 * microbatch * WORLD_SIZE), batch):
+                model.zero_grad()
+                zeros = torch.zeros(rows, seq_len, dtype=torch.int32)
+                forward_backward(zeros, microbatch).tolist()  # waits for the card
         except torch.OutOfMemoryError:
             out_of_memory = True
         model.zero_grad()  # not in the except clause: there the traceback holds the activations
@@ -967,24 +942,22 @@ def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward)
 
 def print_header(data, model, device, dtype, use_compile, microbatch):
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(dtype).removeprefix("torch.")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"{parameters:,} parameters on {WORLD_SIZE} x {card}, {dtype}{', compiled' * use_compile}; "
         f"{microbatch} rows per forward pass\n"
-        f"{len(data.train):,} rows of {data.seq_len} tokens, {min(len(data.val), VAL_ROWS):,} to "
-        "validate on; always predicting the token frequencies gives loss "
-        f"{data.unigram_entropy:.3f}, the unigram entropy\n"
-        "    time     left   done     step  batch        lr    loss     val    tokens/s     MFU")
+        f"{len(data.train):,} rows of {data.seq_len} tokens; always predicting the token "
+        f"frequencies gives loss {data.unigram_entropy:.3f}, the unigram entropy\n"
+        "    time   done     step  batch        lr    loss     val    tokens/s     MFU")
 
 
 class Log:
     """A line every 2 % of the budget or every minute (with --steps: 100 steps), whichever comes
     first; validation every 5 %. Rank 0 writes the lines to the screen and to log.jsonl."""
 
-    def __init__(self, s, data, model, state, clock, progress, peak_flops):
+    def __init__(self, s, data, model, state, progress, peak_flops):
         self.lines = max(50, s.steps / 100 if s.steps else 60 * s.hours)
-        self.state, self.clock, self.progress = state, clock, progress
-        self.rows, self.training_s, self.tokens_per_s = state.rows, clock.training_s(), 0.0
+        self.state, self.progress = state, progress
+        self.rows, self.train_s, self.tokens_per_s = state.rows, state.seconds["train"], 0.0
         self.seq_len, self.metric_names = data.seq_len, model.metric_names
         self.flops_per_token, self.peak_flops = model.flops_per_token(s.mask_rate), peak_flops
         self.file = open(os.devnull if RANK else Path(s.out) / "log.jsonl", "ab", buffering=0)
@@ -1002,11 +975,11 @@ class Log:
         return line and progress < 1, validation  # the last line of a run comes after the loop
 
     def write(self, elapsed, progress, val_metrics):
-        state, training_s = self.state, self.clock.training_s()
+        state, train_s = self.state, self.state.seconds["train"]
         if state.rows > self.rows:
             tokens = (state.rows - self.rows) * self.seq_len
-            self.tokens_per_s = tokens / (training_s - self.training_s)
-        self.rows, self.training_s = state.rows, training_s
+            self.tokens_per_s = tokens / (train_s - self.train_s)
+        self.rows, self.train_s = state.rows, train_s
         flops = self.tokens_per_s * self.flops_per_token
         entry = {"step": state.step, "tokens": state.rows * self.seq_len, "elapsed_s": elapsed,
                  "progress": progress, "lr": state.lr, "batch": state.batch,
@@ -1027,17 +1000,14 @@ class Log:
 
 
 def log_row(e):
-    """A line of the log for the screen. With --steps the time left is a guess, as later steps may
-    have more rows. Of `Electra` loss and val are the generator's."""
-    times = []
-    for seconds in (e["elapsed_s"], e["elapsed_s"] * max(0, 1 / e["progress"] - 1)):
-        minutes, seconds = divmod(round(seconds), 60)
-        times.append(f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}")
+    """A line of the log for the screen. Of `Electra` loss and val are the generator's."""
+    minutes, seconds = divmod(round(e["elapsed_s"]), 60)
+    elapsed = f"{minutes // 60:2}:{minutes % 60:02}:{seconds:02}"
     loss = e.get("loss_generator", e["loss"])
     loss = "-" if loss is None else f"{loss:.3f}"
     val = f"{e['val_loss']:.3f}" if "val_loss" in e else ""
     mfu = "n/a" if e["mfu"] is None else f"{e['mfu']:.1%}"
-    return (f"{' '.join(times)} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
+    return (f"{elapsed} {e['progress']:6.1%} {e['step']:8} {e['batch']:6} {e['lr']:9.2e} "
             f"{loss:>7} {val:>7} {e['tokens_per_s']:11,.0f} {mfu:>7}")
 
 
@@ -1079,22 +1049,18 @@ def validate(model, autocast, val_set, rows_at_once):
             "val_rtd_recall": mean["found"] / max(mean["replaced"], 1e-9)}
 
 
-def save_run(s, data, state, clock, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs. False if it cannot be written: a full disk ends no
-    run. Weights that are not finite end it, and do not replace last.pt."""
-    with clock.part("save"):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise CramError(f"the weights are {DIVERGED}")
-        try:
-            save_atomic(Path(s.out) / "last.pt", {
-                "settings": asdict(s), "data": data.hashes, "state": asdict(state),
-                "clock": {"elapsed_s": clock.elapsed(), "parts": clock.parts},
-                "model": model.state_dict(), "scaler": scaler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        except OSError as error:
-            say(f"{error} last.pt stays as it was")
-            return False
-    return True
+def save_run(s, data, state, model, optimizers, scaler):
+    """Write last.pt, all that a resume needs. A full disk ends no run. Weights that are not finite
+    end it, and do not replace last.pt."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise CramError(f"the weights are {DIVERGED}")
+    try:
+        save_atomic(Path(s.out) / "last.pt", {
+            "settings": asdict(s), "data": data.hashes, "state": asdict(state),
+            "model": model.state_dict(), "scaler": scaler.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    except OSError as error:
+        say(f"{error} last.pt stays as it was")
 
 
 def restore(saved, s, data, model, optimizers, scaler):
@@ -1137,23 +1103,21 @@ def load_file(path, needed):
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = Settings(**content["settings"])  # what is missing takes its default
         if "state" in content:
-            content["state"].pop("s_per_row", None)  # an earlier version kept it
             content["state"] = TrainState(**content["state"])
+        if needed not in content:
+            raise KeyError(needed)
     except TypeError as error:
         raise CramError(f"{path} is not from this version of cram.py: {error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise CramError(f"{path} is not a checkpoint of cram.py, or holds code, which is not run "
-                        f"({type(error).__name__})") from None
-    if needed not in content:
-        raise CramError(f"{path} has no {needed}: a last.pt is a run to be resumed, a ckpt.pt is a "
-                        "finished model, neither can take the other's place, and some of earlier "
-                        "versions cannot be resumed")
+        raise CramError(f"{path} is not a checkpoint of cram.py, or not the right one (last.pt is "
+                        "a run to resume, ckpt.pt a finished model), or holds code, which is not "
+                        f"run ({type(error).__name__})") from None
     return content
 
 
-def print_summary(s, data, model, state, clock, result, device, peak_flops):
-    elapsed, tokens = clock.elapsed(), result["tokens"]
-    parts = {"train": clock.training_s(), **clock.parts}
+def print_summary(s, data, model, state, result, device, peak_flops):
+    elapsed, tokens = sum(state.seconds.values()), result["tokens"]
+    parts = ", ".join(f"{name} {t:.1f} s ({t / elapsed:.1%})" for name, t in state.seconds.items())
     budget = f"{s.steps:,} steps" if s.steps else f"{3600 * s.hours:.1f} s"
     memory = (f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
               if device.type == "cuda" else "n/a")
@@ -1163,8 +1127,7 @@ def print_summary(s, data, model, state, clock, result, device, peak_flops):
 tokens           {tokens:,} in {state.rows:,} rows, {state.rows / len(data.train):.2f} passes
 steps            {state.step:,}, of which {state.skipped:,} skipped
 wall clock       {elapsed:.1f} s of {budget}
-                 {', '.join(f'{name} {t:.1f} s ({t / elapsed:.1%})' for name, t in parts.items())}
-after the clock  {time.monotonic() - clock.stopped_at:.1f} s for the final validation and checkpoint
+                 {parts}
 peak memory      {memory}
 exaFLOP          {peak} as the paper counts (peak x time), {used:.3g} used
 training loss    {result.get('loss_generator', result['loss']) or math.nan:.3f}
@@ -1199,12 +1162,12 @@ def load_checkpoint(path, device="cpu", generator=False):
 
 
 @torch.no_grad()
-def fill(path, text, device):
+def fill(path, text):
     """Print the five likeliest tokens for each <mask> of the text; for a text without, if the model
     has learned that, the probability of each word to be a replaced one."""
-    model, tokenizer = load_checkpoint(path, device, generator="<mask>" in text)
+    model, tokenizer = load_checkpoint(path, generator="<mask>" in text)
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids = torch.tensor([[CLS, *encoding.ids, SEP]], device=device)
+    ids = torch.tensor([[CLS, *encoding.ids, SEP]])
     if MASK in encoding.ids:
         for logits in model.logits(ids)[ids == MASK]:
             say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(int(i))} {p:.1%}"
@@ -1222,17 +1185,13 @@ def fill(path, text, device):
 
 @torch.no_grad()
 def export(path, folder):
-    """Write a finished model as a folder that Hugging Face transformers loads as ModernBERT.
-
-    Raises CramError if it is not of that architecture, or the folder is not empty.
-    """
+    """Write a finished model as a new folder that Hugging Face transformers loads as ModernBERT.
+    Raises CramError if it is not of that architecture."""
     model, tokenizer = load_checkpoint(path)
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise CramError(f"{folder} is not empty: give --export a new folder")
+    folder.mkdir(parents=True)
 
     joined = {"model.embeddings.tok_embeddings": [model.embed], "head.dense": [model.head[0]],
               "model.embeddings.norm": [model.embed_norm], "model.final_norm": [model.final_norm],
@@ -1246,45 +1205,34 @@ def export(path, folder):
             joined[f"{layer}.attn_norm"] = [block.norm1]
     weights = {f"{name}.weight": torch.cat([module.weight for module in modules])
                for name, modules in joined.items()}
-    kind, labels, warning = "ForMaskedLM", {}, ""
+    kind, labels = "ForMaskedLM", {}
     if model.objective == "rtd":  # softmax of (0, z) is the sigmoid of z
         weights["classifier.weight"] = torch.stack([0 * model.score, model.score])
         weights["classifier.bias"] = F.pad(model.score_bias, (1, 0))
         kind, labels = "ForTokenClassification", {
             "id2label": {0: "original", 1: "replaced"}, "label2id": {"original": 0, "replaced": 1}}
-        warning = ("It says which tokens were replaced, and guesses none: AutoModelForMaskedLM "
-                   "loads this folder without complaint, but what it guesses is nonsense.\n")
     save_atomic(folder / "pytorch_model.bin", weights)
 
     V, C = model.embed.weight.shape
-    theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["ModernBert" + kind], "model_type": "modernbert", **labels,
         "vocab_size": V, "hidden_size": C, "intermediate_size": 2 * C, "norm_eps": 1e-5,
         "num_attention_heads": model.blocks[0].attention.heads, "decoder_bias": False,
         "max_position_embeddings": model.seq_len, "num_hidden_layers": len(model.blocks),
         "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * len(model.blocks),
-        "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
-        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
+        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,
         "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
-        "bos_token_id": CLS, "eos_token_id": SEP, "torch_dtype": "float32"}, indent=2))
+        "bos_token_id": CLS, "eos_token_id": SEP}, indent=2))
 
-    export_tokenizer(tokenizer, model.seq_len, folder)
-    (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\n---\nA BERT trained from scratch by cram.py, after "
-        "arXiv 2212.14034.\n" + warning)
-    say(f"wrote {folder}: AutoModel{kind}.from_pretrained({str(folder)!r}) loads it")
-
-
-def export_tokenizer(tokenizer, seq_len, folder):
     tokenizer.decoder = decoders.WordPiece()  # "un ##hash ##able" -> "unhashable"
     tokenizer.post_processor = TemplateProcessing(
         "<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1", [("<cls>", CLS), ("<sep>", SEP)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.seq_len,
         "model_input_names": ["input_ids", "attention_mask"], "pad_token": "<pad>",
         "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}))
+    say(f"wrote {folder}: AutoModel{kind}.from_pretrained({str(folder)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------- 8. Command line
@@ -1301,14 +1249,12 @@ CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": (
 def check(s):
     """Raise CramError for numbers that cannot work; argparse knows the CHOICES."""
     rules = [
-        ("hours layers width heads generator_layers generator_width batch lr eps clip save_minutes",
-         "a positive number", lambda x: 0 < x < math.inf),
-        ("steps microbatch weight_decay rtd_weight", "0 or more", lambda x: 0 <= x < math.inf),
-        ("ramp lr_start warmup decay mask_replace", "a fraction, from 0 to 1",
-         lambda x: 0 <= x <= 1),
-        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1),
-        ("mask_rate", "between 0 and 1", lambda x: 0 < x < 1),
-        ("seed", "from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31)]
+        ("hours layers width heads generator_layers generator_width batch lr clip", "above 0",
+         lambda x: x > 0),
+        ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "0 or more",
+         lambda x: x >= 0),
+        ("ramp lr_start warmup decay beta1 beta2 mask_rate mask_replace", "from 0 to 1",
+         lambda x: 0 <= x <= 1)]
     for names, what, holds in rules:
         for name in names.split():
             value = getattr(s, name)
@@ -1318,8 +1264,6 @@ def check(s):
 
 def resolve_settings(given, saved):
     """What was given on the command line, over the settings of last.pt or of the recipe."""
-    if len({"hours", "minutes", "steps"} & set(given)) > 1:
-        raise CramError("give one of --hours, --minutes and --steps")
     if "minutes" in given:
         given["hours"] = given.pop("minutes") / 60
     if "hours" in given:
@@ -1345,21 +1289,24 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         usage="cram.py [--flag value ...]", description=__doc__, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    budget = parser.add_mutually_exclusive_group()
     for f in fields(Settings):
         kind = ({"action": argparse.BooleanOptionalAction} if f.name == "compile" else
                 {"type": f.type, "metavar": f.type.__name__, "choices": CHOICES.get(f.name)})
         values = [f"default: {f.default}", *(
             f"{name}: {recipe[f.name]}" for name, recipe in RECIPES.items() if f.name in recipe)]
         help = f"{comments[f.name]} ({'; '.join(values)})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
-    parser.add_argument("--minutes", type=float, metavar="float",
+        group = budget if f.name in ("hours", "steps") else parser
+        group.add_argument("--" + f.name.replace("_", "-"), **kind, help=help)
+    budget.add_argument("--minutes", type=float, metavar="float",
                         help="wall-clock budget in minutes instead of --hours")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --out where it stopped, with its settings")
-    parser.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
-                        "<mask> in TEXT, on the CPU unless --device is given, then exit")
-    parser.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
-                        "transformers into the new folder DIR, then exit")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true",
+                      help="continue the run in --out where it stopped, with its settings")
+    mode.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
+                      "<mask> in TEXT, or with rtd the chance that each word was replaced")
+    mode.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
+                      "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())
 
 
@@ -1369,15 +1316,11 @@ def main():
     given = parse_arguments()
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
     out = Path(given.get("out", Settings.out))
-    if text is not None and RANK == 0:
-        fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
-    if folder is not None and RANK == 0:
-        export(out / "ckpt.pt", Path(folder))
-    if text is not None or folder is not None:
-        return
+    if text is not None:
+        return fill(out / "ckpt.pt", text)
+    if folder is not None:
+        return export(out / "ckpt.pt", Path(folder))
 
-    if resume and not (out / "last.pt").exists():
-        raise CramError(f"there is no {out}/last.pt to resume")
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
     if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
         raise CramError(f"{out} holds a run: give another --out, or continue it with --resume")
@@ -1385,8 +1328,7 @@ def main():
     given["out"] = str(out)  # it may have been moved since
     stopped_by = train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
-        with contextlib.suppress(CramError):  # another process may have left: all is saved by now
-            all_max(0)  # rank 0 may still be writing
+        all_max(0)  # rank 0 may still be writing
         dist.destroy_process_group()
     return stopped_by if WORLD_SIZE == 1 else 0  # torchrun would report a failure
 
