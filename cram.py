@@ -1162,12 +1162,12 @@ def load_checkpoint(path, device="cpu", generator=False):
 
 
 @torch.no_grad()
-def fill(path, text):
+def fill(path, text, device):
     """Print the five likeliest tokens for each <mask> of the text; for a text without, if the model
     has learned that, the probability of each word to be a replaced one."""
-    model, tokenizer = load_checkpoint(path, generator="<mask>" in text)
+    model, tokenizer = load_checkpoint(path, device, generator="<mask>" in text)
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids = torch.tensor([[CLS, *encoding.ids, SEP]])
+    ids = torch.tensor([[CLS, *encoding.ids, SEP]], device=device)
     if MASK in encoding.ids:
         for logits in model.logits(ids)[ids == MASK]:
             say("<mask>: " + ", ".join(f"{tokenizer.id_to_token(int(i))} {p:.1%}"
@@ -1304,7 +1304,7 @@ def parse_arguments():
     mode.add_argument("--resume", action="store_true",
                       help="continue the run in --out where it stopped, with its settings")
     mode.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
-                      "<mask> in TEXT, or with rtd the chance that each word was replaced")
+                      "<mask> in TEXT, on the CPU unless --device is given, then exit")
     mode.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
                       "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())
@@ -1317,7 +1317,7 @@ def main():
     resume, text, folder = (given.pop(name, None) for name in ("resume", "fill", "export"))
     out = Path(given.get("out", Settings.out))
     if text is not None:
-        return fill(out / "ckpt.pt", text)
+        return fill(out / "ckpt.pt", text, find_device(given.get("device", "cpu"), "fp32")[0])
     if folder is not None:
         return export(out / "ckpt.pt", Path(folder))
 
