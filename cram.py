@@ -924,7 +924,6 @@ def find_microbatch(microbatch, batch, s, seq_len, model, forward_backward):
         out_of_memory = False
         try:
             for rows in (min(s.batch, 2 * microbatch * WORLD_SIZE), batch):
-                model.zero_grad()
                 zeros = torch.zeros(rows, seq_len, dtype=torch.int32)
                 forward_backward(zeros, microbatch).tolist()  # waits for the card
         except torch.OutOfMemoryError:
