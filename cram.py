@@ -846,6 +846,8 @@ def join_processes(s, device, model):
     draw different ones from a seed."""
     if WORLD_SIZE == 1:
         return
+    if device.type == "mps":
+        raise CramError("torchrun needs CUDA cards, or --device cpu")
     if batch_at(0, s) < WORLD_SIZE:
         raise CramError(f"{batch_at(0, s)} rows in a step, too few for {WORLD_SIZE} processes")
     # gloo carries the numbers of all_max, NCCL what is on the cards
@@ -864,7 +866,7 @@ def all_max(*numbers):
     if WORLD_SIZE == 1:
         return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 
 
@@ -873,8 +875,16 @@ def all_sum(tensors):
     pass hands over all gradients at once, so DDP's overlap would gain nothing."""
     if WORLD_SIZE > 1:
         vector = nn.utils.parameters_to_vector(tensors)
-        dist.all_reduce(vector)
+        all_reduce(vector)
         nn.utils.vector_to_parameters(vector, tensors)
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:
+        raise CramError(f"rank {RANK} has lost another process of the run ({error}). When the "
+                        "cause is fixed, continue with --resume") from None
 
 
 def say(text):
@@ -1327,7 +1337,8 @@ def main():
     given["out"] = str(out)  # it may have been moved since
     stopped_by = train(resolve_settings(given, saved), saved)
     if dist.is_initialized():
-        all_max(0)  # rank 0 may still be writing
+        with contextlib.suppress(CramError):  # another process may have left: all is saved by now
+            all_max(0)  # rank 0 may still be writing
         dist.destroy_process_group()
     return stopped_by if WORLD_SIZE == 1 else 0  # torchrun would report a failure
 
