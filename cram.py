@@ -671,8 +671,12 @@ def train(s, saved):
     clock.lap("start")
     microbatch = s.microbatch or (512 if on_card else 32)
     if use_compile or on_card:
+        microbatch = find_microbatch(
+            microbatch, s, data.seq_len, model, optimizers, forward_backward)
+        # The last microbatch of a step may be smaller: compile that size now, too
         batch = batch_at(progress_at(clock.elapsed(), state.step, s), s)
-        microbatch = find_microbatch(microbatch, batch, s, data.seq_len, model, forward_backward)
+        forward_backward(torch.zeros(batch, data.seq_len, dtype=torch.int32), microbatch)
+        model.zero_grad()
     clock.lap("compile")
 
     if saved:
@@ -923,19 +927,20 @@ def check_free_disk(out, model):
                         f"{needed / 1e6:,.0f} MB: make room, or give another --out")
 
 
-def find_microbatch(microbatch, batch, s, seq_len, model, forward_backward):
+def find_microbatch(microbatch, s, seq_len, model, optimizers, forward_backward):
     """The rows per forward pass that fit in memory: microbatch, or a half, a quarter, ... of it.
 
-    Tries two microbatches of zeros beside as much memory as AdamW's moments will take, then the
-    next step's `batch`, whose last microbatch may be smaller. This also compiles both sizes.
+    Tries two microbatches of zeros, which also compiles the code, beside as much memory as the
+    optimizers' moments will take: one of each weight in Muon, two in AdamW.
     """
-    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
+    moments = [torch.empty_like(p) for optimizer in optimizers  # noqa: F841
+               for group in optimizer.param_groups for p in group["params"]
+               for _ in range(1 if isinstance(optimizer, Muon) else 2)]
     while microbatch:
         out_of_memory = False
+        rows = min(s.batch, 2 * microbatch * WORLD_SIZE)
         try:
-            for rows in (min(s.batch, 2 * microbatch * WORLD_SIZE), batch):
-                zeros = torch.zeros(rows, seq_len, dtype=torch.int32)
-                forward_backward(zeros, microbatch).tolist()  # waits for the card
+            forward_backward(torch.zeros(rows, seq_len, dtype=torch.int32), microbatch).tolist()
         except torch.OutOfMemoryError:
             out_of_memory = True
         model.zero_grad()  # not in the except clause: there the traceback holds the activations
