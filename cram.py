@@ -686,6 +686,8 @@ def train(s, saved):
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
     log = Log(s, data, model, state, progress, peak_flops)
+    if state.step and progress >= 1:
+        say("this budget is spent: no step is taken, and the model is written as it stands")
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
     rows_left = math.inf
@@ -1228,13 +1230,15 @@ def export(path, folder):
     save_atomic(folder / "pytorch_model.bin", weights)
 
     V, C = model.embed.weight.shape
+    theta = {"rope_type": "default", "rope_theta": ROPE_THETA}
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["ModernBert" + kind], "model_type": "modernbert", **labels,
         "vocab_size": V, "hidden_size": C, "intermediate_size": 2 * C, "norm_eps": 1e-5,
         "num_attention_heads": model.blocks[0].attention.heads, "decoder_bias": False,
         "max_position_embeddings": model.seq_len, "num_hidden_layers": len(model.blocks),
         "global_attn_every_n_layers": 1, "layer_types": ["full_attention"] * len(model.blocks),
-        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,
+        "rope_parameters": {"full_attention": theta, "sliding_attention": theta},
+        "global_rope_theta": ROPE_THETA, "local_rope_theta": ROPE_THETA,  # before transformers 5
         "pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP,
         "bos_token_id": CLS, "eos_token_id": SEP}, indent=2))
 
@@ -1264,7 +1268,7 @@ def check(s):
     """Raise CramError for numbers that cannot work; argparse knows the CHOICES."""
     rules = [
         ("hours layers width heads generator_layers generator_width batch lr clip", "above 0",
-         lambda x: x > 0),
+         lambda x: 0 < x < math.inf),
         ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "0 or more",
          lambda x: x >= 0),
         ("ramp lr_start warmup decay beta1 beta2 mask_rate mask_replace", "from 0 to 1",
@@ -1335,6 +1339,8 @@ def main():
     if folder is not None:
         return export(out / "ckpt.pt", Path(folder))
 
+    if resume and not (out / "last.pt").exists():
+        raise CramError(f"there is no {out}/last.pt to resume")
     lock = lock_folder(out) if RANK == 0 else None  # noqa: F841, held until this function ends
     if not resume and ((out / "last.pt").exists() or (out / "ckpt.pt").exists()):
         raise CramError(f"{out} holds a run: give another --out, or continue it with --resume")

@@ -938,7 +938,7 @@ def test_a_resume_begins_no_step_that_would_end_too_late(train):
     train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
     saved, log = train(resume=True, minutes=0.2, step_s=lambda n: 1.1)
     assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
-    assert (train.folder / "out/ckpt.pt").exists()
+    assert (train.folder / "out/ckpt.pt").exists() and "budget is spent" not in train.printed
 
 
 def test_the_clock_is_not_misled_by_a_pause(train):
@@ -1047,6 +1047,7 @@ def test_a_finished_run_resumed(train, finished):
     train(resume=True, steps=60, stop_after=9)
     assert "another budget" in train.printed
     _, log = train(resume=True, minutes=1e-4)  # six milliseconds
+    assert "this budget is spent: no step is taken" in train.printed
     steps = [line["step"] for line in log]
     assert steps == sorted(set(steps)) and steps[-1] == 49
 
@@ -1484,7 +1485,7 @@ def test_a_run_is_refused_to_be_resumed_as_something_else(train, data):
     other = shutil.copytree(data, train.folder / "other")
     (other / "meta.json").write_text(json.dumps({**meta_of(other), "train_sha256": "0" * 64}))
     train(resume=True, data=other, refused="other train_sha256")
-    train("x", resume=True, refused=f"no checkpoint {train.folder}/x/last.pt")
+    train("x", resume=True, refused=f"no {train.folder}/x/last.pt")
     train(resume=True, data=train.folder / "moved", refused="name its folder with --data")
     train(resume=True)
     shutil.copy(train.folder / "out/ckpt.pt", train.folder / "out/last.pt")
