@@ -12,7 +12,7 @@
 | 4 prepare.py: killed, stopped, two at once: the same bytes | killed*, stopped_before* |
 | 5 the models and their losses are the papers' | parameters* to sampled_tokens* |
 | 6 schedules, masks, order, optimizer; no result has moved | learning_rate* to the_final_loss* |
-| 7 a run learns; its log, checkpoint and guesses are right | a_run_learns* to a_checkpoint* |
+| 7 a run learns; its log, checkpoint and guesses are right | a_run_learns* to fill* |
 | 8 it ends before its deadline; a slow start skips no rows | the_clock*, a_first_step* |
 | 9 microbatch and processes change no result | the_microbatch* to a_process* |
 | 10 a resume is exact, also after kill -9; one run a folder | interrupted* to stopped_or_killed* |
@@ -42,6 +42,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -69,19 +70,13 @@ slow = pytest.mark.slow
 STARTED = []
 
 
-def children_of(process):
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # of Linux only
-    return [int(number) for number in path.read_text().split()] if path.exists() else []
-
-
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield
     while STARTED:
         process = STARTED.pop()
-        if process.poll() is None:  # torchrun's children would go on without it
-            for number in (*children_of(process), process.pid):
-                os.kill(number, signal.SIGKILL)
+        if process.poll() is None:  # if torchrun were killed, its processes would go on
+            process.send_signal(signal.SIGTERM if TORCHRUN[1] in process.args else signal.SIGKILL)
 
 
 def start(*command, **popen):
@@ -92,7 +87,16 @@ def start(*command, **popen):
     return STARTED[-1]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "cram.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python")
+
+
+def start_two(*command):
+    """Start the two processes of one run as torchrun does, which itself takes seconds to start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2",
+               "MASTER_PORT": str(free.getsockname()[1])}
+    return [start(*command, env={**env, "RANK": rank}) for rank in "01"]
 
 
 def hurried_prepare(**constants):
@@ -106,9 +110,8 @@ prepare.main()
 """, json.dumps(constants)
 
 
-def script(*command, code=0, **popen):
-    """Run a script to its end: what it prints."""
-    process = start(*command, **popen)
+def finish(process, code=0):
+    """Wait for a process: what it printed. It must exit with this code, and without a traceback."""
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code and "Traceback" not in printed, printed
     return printed
@@ -119,19 +122,22 @@ def flags_of(settings):
             for word in (f"--{name}".replace("_", "-"), str(value))]
 
 
-def command(module, *args, refused=None, **flags):
+def command(module, *args, refused=None, largest_file=None, **flags):
     """Run a script's main() in this process, as to start one takes seconds: what it prints.
-    With refused="words" it must stop and say them."""
+    With refused="words" it must stop and say them. A largest_file in bytes plays a full disk."""
     argv = [f"{module.__name__}.py", *map(str, args), *flags_of(flags)]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     screen, errors = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True), io.StringIO()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     stops = contextlib.nullcontext() if refused is None else pytest.raises(
         (cram.CramError, OSError, SystemExit))
     try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file or limits[0], limits[1]))
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
             with mock.patch("sys.argv", argv), stops as error:
                 module.main()
     finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         printed = screen.buffer.getvalue().decode()
@@ -207,7 +213,7 @@ def train(data, tmp_path):
     """Train in this process: train(out, flag=value, ...) -> (last.pt, lines of the log). With
     stop_after=n SIGTERM comes in the n-th step. With step_s, a function, the n-th
     step takes step_s(n) seconds, and nothing else takes time."""
-    def run(out="out", *args, resume=False, step_s=None, stop_after=None, refused=None, **flags):
+    def run(out="out", *args, resume=False, step_s=None, stop_after=None, **flags):
         real, steps = cram.mask_tokens, itertools.count(1)
         clock = mock.Mock(return_value=1000.0) if step_s else time.monotonic
 
@@ -221,8 +227,8 @@ def train(data, tmp_path):
 
         args = [*args, "--resume"] if resume else [*args, "--data", data, *flags_of(TINY)]
         with mock.patch("cram.mask_tokens", begin_step), mock.patch("time.monotonic", clock):
-            run.printed = command(cram, *args, refused=refused, **flags, out=tmp_path / out)
-        return None if refused else read_run(tmp_path / out)
+            run.printed = command(cram, *args, **flags, out=tmp_path / out)
+        return None if flags.get("refused") else read_run(tmp_path / out)
 
     run.folder = tmp_path
     return run
@@ -231,8 +237,8 @@ def train(data, tmp_path):
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
     """finished(recipe) -> the folder of a finished run, made once and not to be changed, where
-    screen.txt is what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
+    screen.txt is what it printed. Its path has an é, which the screen of these tests lacks."""
+    folder = tmp_path_factory.mktemp("finishéd")
 
     @functools.cache
     def run(recipe):
@@ -249,11 +255,11 @@ def read_run(out):
     return saved, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def wait_for_log(process, out):
-    """Until a run that was just started has added to its log and there is a last.pt."""
+def wait_for_log(process, out, lines=1):
+    """Until a run that was just started has added lines to its log and there is a last.pt."""
     log, last = out / "log.jsonl", out / "last.pt"
-    before = log.stat().st_size if log.exists() else 0
-    while not last.exists() or log.stat().st_size <= before:
+    before = log.read_text().count("\n") if log.exists() else 0
+    while not last.exists() or log.read_text().count("\n") < before + lines:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
@@ -299,7 +305,8 @@ ONE = ("--trials", 1, "--epochs", 1)
 @pytest.fixture
 def glue(finished, tmp_path):
     """Run finetune_glue.py in this process on what glue.write(task) wrote to glue.data, with a
-    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint."""
+    finished run in glue.out: glue(flags) -> its output. glue.other is another checkpoint, of an
+    earlier version, which had one setting less."""
     def run(*args, refused=None):
         return command(finetune_glue, "--ckpt", run.out / "ckpt.pt", "--device", "cpu",
                        "--data", run.data, *args, refused=refused)
@@ -309,6 +316,7 @@ def glue(finished, tmp_path):
     shutil.copy(finished("crammed") / "ckpt.pt", run.out)
     content = torch.load(run.out / "ckpt.pt", weights_only=True)
     content["model"]["blocks.0.ffn.up.weight"] *= 2
+    del content["settings"]["objective"]
     torch.save(content, run.other)
     run.write = functools.partial(write_glue, run.data)
     return run
@@ -550,19 +558,16 @@ def hub(tmp_path):
 @slow
 def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path):
     def prepare_c4(out, code=0, **constants):
-        return script(*hurried_prepare(**constants), "--out", tmp_path / out, *SMALL_ROWS,
-                      env=hub.env, code=code)
-
-    prepare_rows(tmp_path / "local", write_jsonl(tmp_path / "t.jsonl", TEXTS))
-    prepare_c4("hub")
-    one, other = files_of(tmp_path / "hub"), files_of(tmp_path / "local")
-    assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
-    assert meta_of(tmp_path / "hub")["revision"] == hub.sha
+        return finish(start(*hurried_prepare(**constants), "--out", tmp_path / out, *SMALL_ROWS,
+                            env=hub.env), code)
 
     failures = [500, "cut", 429, 503] * 20  # longer than the client itself tries again
     hub.fault = lambda path: failures.pop() if "00001.json" in path and failures else None
     assert "does not answer" in prepare_c4("faults") and not failures
-    assert files_of(tmp_path / "faults") == one
+    assert meta_of(tmp_path / "faults")["revision"] == hub.sha
+    prepare_rows(tmp_path / "local", write_jsonl(tmp_path / "t.jsonl", TEXTS))
+    one, other = files_of(tmp_path / "faults"), files_of(tmp_path / "local")
+    assert all(one[name] == other[name] for name in ("train.bin", "val.bin", "tokenizer.json"))
 
     passes = itertools.count()  # the tokenizer's, then that of packing: an outage begins
     hub.fault = lambda path: 500 if "00002.json" in path and next(passes) else None
@@ -585,18 +590,18 @@ def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path):
 def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(tmp_path):
     """Also after a full disk, here a largest size of file. While one writes, no other may: the lock
     ends with its process, however that ends."""
-    texts = [sentences(i, 20 + i % 60) for i in range(2000)]
+    texts = [sentences(i, 20 + i % 60) for i in range(1000)]
     source = write_jsonl(tmp_path / "t.jsonl", texts + texts[::2])  # the last third repeats
     once, out = tmp_path / "once", tmp_path / "killed"
     args = ("--source", source, *SMALL_ROWS, "--out")
-    script("prepare.py", *args, once, preexec_fn=lambda: (
-        hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {0})))
-    printed = script("prepare.py", *args, out, code=1, preexec_fn=lambda: resource.setrlimit(
+    finish(start("prepare.py", *args, once, preexec_fn=lambda: (
+        hasattr(os, "sched_setaffinity") and os.sched_setaffinity(0, {0}))))
+    full = start("prepare.py", *args, out, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (200_000, 200_000)))
-    assert "File too large. Start the same command again" in printed
+    assert "File too large. Start the same command again" in finish(full, code=1)
 
     progress, read = out / "unfinished/progress.json", [0]
-    for target in (1, 1250, 2100, 10**9):  # documents read when the process is killed
+    for target in (1, 1050, 10**9):  # documents read when the process is killed
         process = start(*hurried_prepare(SAVE_SECONDS=0.05), *args, out)
         while process.poll() is None and read[-1] < target:
             time.sleep(0.01)
@@ -607,7 +612,7 @@ def test_killed_and_restarted_gives_the_same_bytes_on_one_core_as_on_two(tmp_pat
         process.kill()
         process.communicate(timeout=60)  # until the workers have ended too, which hold its output
     assert process.returncode == 0 and len({*read}) > 3
-    assert meta_of(once)["dropped_duplicate"] == 1000
+    assert meta_of(once)["dropped_duplicate"] == 500
     assert files_of(once) == files_of(out)  # meta.json's counts too
     prepare_rows(out, source, "--seq-len", 64, refused="other seq_len")
 
@@ -849,6 +854,7 @@ def test_a_run_learns_and_keeps_its_books(finished):
     summary = printed[printed.index("\ntokens  "):]  # one block ends the run
     assert "40, of which 0 skipped" in summary
     assert f"validation loss  {log[-1]['val_loss']:.3f}" in summary
+    assert re.search(r"wrote +.*finish\\xe9d.*/ckpt.pt", summary)
 
 
 def test_validation_loss_as_the_contract_defines_it(data, finished):
@@ -900,20 +906,19 @@ def test_fill_says_what_the_python_interface_says(finished, recipe):
         fill("nothing", refused="<mask>")
 
 
-def test_a_checkpoint_of_an_earlier_version_loads(finished, tmp_path):
-    content = torch.load(finished("crammed") / "ckpt.pt", weights_only=True)
-    del content["settings"]["objective"]  # it had no such setting
-    torch.save(content, tmp_path / "ckpt.pt")
-    assert cram.load_checkpoint(tmp_path / "ckpt.pt")[0].seq_len == 32
-
-
 # ---------------------------------------------------------------------------------- 8. The deadline
 
 
 def test_the_clock_ends_a_run_before_its_deadline(train):
     """54 steps of 1.1 s in a minute, as none is begun that would end later. Rate, batch, and a
-    validation every 5 %, follow the clock, which a resume sets to where it stopped."""
+    validation every 5 %, follow the clock, which a resume sets to where it stopped. If that was
+    after 11 of 12 s, it begins no step."""
     train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
+    short = shutil.copytree(train.folder / "out", train.folder / "short")
+    saved, log = train("short", resume=True, minutes=0.2, step_s=lambda n: 1.1)
+    assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
+    assert (short / "ckpt.pt").exists() and "budget is spent" not in train.printed
+
     saved, log = train(resume=True, step_s=lambda n: 1.1)
     s = cram.Settings(**saved["settings"])
     for line in log:
@@ -931,14 +936,6 @@ def test_a_first_step_that_compiles_skips_no_rows_and_ends_no_run(train, monkeyp
     saved, _ = train("out", "--compile", minutes=1, ramp=0,  # n = 1 searches for the microbatch
                      step_s=lambda n: 40 if n == 2 else 0.3)
     assert saved["state"]["rows"] == saved["state"]["position"] > 60 * 32
-
-
-def test_a_resume_begins_no_step_that_would_end_too_late(train):
-    """11 of 12 s are over, and a step takes 1.1 s."""
-    train(minutes=1, step_s=lambda n: 1.1, stop_after=10)
-    saved, log = train(resume=True, minutes=0.2, step_s=lambda n: 1.1)
-    assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
-    assert (train.folder / "out/ckpt.pt").exists() and "budget is spent" not in train.printed
 
 
 def test_the_clock_is_not_misled_by_a_pause(train):
@@ -981,22 +978,21 @@ def test_the_microbatch_is_halved_until_a_step_fits(train, monkeypatch):
 
 @slow
 def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
-    """With electra, so also with Muon. Asked to stop, within a step, both save; killed, one takes
-    the other with it; one alone can go on, and two after it. (Two sum in another order, and Muon
-    amplifies rounding.)"""
-    flags = {**TINY, **ELECTRA, "batch": 37, "microbatch": 4, "steps": 24, "save_minutes": 1e-6}
-    out, resume = train.folder / "two", ["--resume"]
-    for number, code, words, args in (
-            (signal.SIGTERM, 0, "; continue with --resume", flags_of({**flags, "data": data})),
-            (signal.SIGKILL, 1, "has lost another process of the run", resume)):
-        two = start(*TORCHRUN, "--out", out, *args)
-        wait_for_log(two, out)
-        os.kill(children_of(two)[-1], number)
-        printed, _ = two.communicate(timeout=120)
-        assert not (out / "ckpt.pt").exists(), f"the signal came after the end: {printed}"
-        assert two.returncode == code and words in printed, printed
+    """With electra, so also with Muon. If one is asked to stop, both save after the step; if one is
+    killed, the other ends. One alone can go on, and two after it. (Two sum in another order, and
+    Muon amplifies rounding.)"""
+    flags = {**TINY, **ELECTRA, "data": data, "batch": 37, "microbatch": 8, "steps": 24}
+    out, flags["save_minutes"] = train.folder / "two", 1e-6
+    for number, codes, words in ((signal.SIGTERM, (0, 0), "; continue with --resume"),
+                                 (signal.SIGKILL, (1, -9), "has lost another process of the run")):
+        args = ["--resume"] if out.exists() else flags_of(flags)
+        two = start_two("cram.py", "--out", out, *args)
+        wait_for_log(two[0], out, lines=6)
+        two[1].send_signal(number)
+        printed = "".join(map(finish, two, codes))
+        assert words in printed and not (out / "ckpt.pt").exists()  # or it came after the end
         train("two", resume=True, stop_after=1)
-    assert script(*TORCHRUN, "--out", out, *resume).count("validation loss") == 1
+    train("two", resume=True)
 
     (a, a_log), (b, b_log) = train("one", **flags), read_run(out)
     torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=5e-4)
@@ -1007,11 +1003,12 @@ def test_two_processes_end_where_one_ends_also_stopped_and_killed(train, data):
 
 
 @slow
-def test_a_process_that_starts_late_validates_with_the_others(data, tmp_path):
+def test_a_process_of_torchrun_that_starts_late_validates_with_the_others(data, tmp_path):
     """Its clock is a sixth of the budget behind, so between the two a validation is always due."""
-    late = "import time, cram; time.sleep(1.5 * (cram.RANK == 0)); cram.main()"
-    flags = {**TINY, "minutes": 9 / 60, "data": data, "out": tmp_path}
-    script(*TORCHRUN[:-1], "--no-python", sys.executable, "-c", late, *flags_of(flags))
+    late = "import time, cram; time.sleep(0.8 * (cram.RANK == 0)); cram.main()"
+    flags = {**TINY, "minutes": 5 / 60, "data": data, "out": tmp_path}
+    printed = finish(start(*TORCHRUN, sys.executable, "-c", late, *flags_of(flags)))
+    assert printed.count("validation loss") == 1  # one process prints
     assert all(line.get("val_loss", 0) < 8 for line in read_run(tmp_path)[1])
 
 
@@ -1057,13 +1054,13 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
     """SIGTERM saves and leaves, kill -9 just leaves; last.pt is written after every step. No other
     run can use the folder of one that lives. (Not SIGINT, which a shell ignores for `pytest &`.)
     The whole run, to compare with, outlives its screen, as behind `| head -n 1`."""
-    flags = {**TINY, "data": data, "width": 128, "steps": 100}
+    flags = {**TINY, "data": data, "width": 128, "steps": 50}
     whole = start("cram.py", "--out", train.folder / "whole", *flags_of(flags),
                   stderr=subprocess.PIPE)
     whole.stdout.readline()
     whole.stdout.close()
     out, rng, flags["save_minutes"] = train.folder / "out", random.Random(2), 1e-6
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         resume = out.exists()
         process = start("cram.py", "--out", out, *(["--resume"] if resume else flags_of(flags)))
         wait_for_log(process, out)
@@ -1072,9 +1069,7 @@ def test_stopped_or_killed_at_any_moment_it_goes_on(train, data):
         process.send_signal(signal.SIGCONT)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=60)
-        assert process.returncode == -number
-        assert ("continue with --resume" in printed) == (number != signal.SIGKILL)
+        assert ("continue with --resume" in finish(process, -number)) == (number == signal.SIGTERM)
         assert (out / "last.pt").exists() and not (out / "ckpt.pt").exists()
     assert whole.stderr.read() == "" and whole.wait() == 0
     assert_same_run(train(resume=True, save_minutes=5), read_run(train.folder / "whole"))
@@ -1088,8 +1083,7 @@ def test_interrupted_before_its_first_step_it_ends_by_the_signal(train, data):
     while not (out / "lock").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "Traceback" not in printed
+    finish(process, -signal.SIGINT)
 
 
 # ----------------------------------------------------------------------------- 11. No model is lost
@@ -1122,33 +1116,22 @@ def test_a_model_that_is_not_finite_is_not_saved(train, steps, lr, words):
     assert not (train.folder / "out/ckpt.pt").exists()
 
 
-def test_a_name_that_the_terminal_cannot_show_ends_no_run(train):
-    train("é", steps=1)  # in these tests it shows ASCII only
-    assert "wrote  " in train.printed and "\\xe9/ckpt.pt" in train.printed
-
-
 def test_a_full_disk(train, finished):
     """Too little room is said at the start. In mid-run training continues, and the older last.pt
-    stays whole, as do the lines of the log. A disk that holds one more file gets the model: here no
-    file may be larger."""
+    stays whole, as do the lines of the log. A disk that holds one more file gets the model."""
     with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=1000)):
         train("other", steps=2, refused="has room for 0 MB")
     last, model = (finished("crammed") / name for name in ("last.pt", "ckpt.pt"))
     assert model.stat().st_mtime_ns < last.stat().st_mtime_ns  # it is written first
 
     before, _ = train(steps=12, stop_after=2)
-    lines, limits = train.folder / "out/log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = train.folder / "out/log.jsonl"
     whole = lines.read_bytes()
-    process = start("cram.py", "--resume", "--out", lines.parent, preexec_fn=lambda: (
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, limits[1]))))
-    assert "log.jsonl: no space left" in process.communicate()[0] and process.returncode == 1
-    assert lines.read_bytes() == whole
+    train(resume=True, largest_file=len(whole) + 100, refused="is the disk full?")
+    assert "log.jsonl: no space left" in train.printed and lines.read_bytes() == whole
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (last.stat().st_size * 2 // 3, limits[1]))
-    try:
-        saved, log = train(resume=True, save_minutes=1e-9)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saved, log = train(
+        resume=True, save_minutes=1e-9, largest_file=last.stat().st_size * 2 // 3)
     assert train.printed.count("full? last.pt stays as it was") == 11
     assert log[-1]["step"] == 12
     assert_same(saved["model"], before["model"])
@@ -1290,7 +1273,7 @@ def test_a_trial_is_adamw_on_its_batches():
 
 @slow
 def test_fine_tuning_learns_and_writes_what_it_learned(glue):
-    glue.write("mnli", train=512, validation=63)
+    glue.write("mnli", train=240, validation=63)
     glue("--task", "mnli", "--trials", 1, "--lr", 3e-3, "--epochs", 10, "--test")
     assert min(scores_in(glue.out)["mnli", 0].values()) > 95
     for file in ("MNLI-m", "MNLI-mm"):
@@ -1300,6 +1283,7 @@ def test_fine_tuning_learns_and_writes_what_it_learned(glue):
 
 
 def test_scratch_forgets_the_pretraining(glue, tmp_path):
+    """And a checkpoint of an earlier version is read."""
     def score(ckpt, *flags):
         out = tmp_path / f"{ckpt.stem} {flags}"
         glue("--task", "stsb", *ONE, "--ckpt", ckpt, "--out", out, *flags)
