@@ -82,7 +82,7 @@ class Settings:
     rtd_weight: float = 50.0  # rtd: weight of the discriminator's loss (ELECTRA)
 
     # Optimization: paper section 4.3
-    optimizer: str = "adamw"  # adamw; muon: for the matrices of blocks and heads, adamw elsewhere
+    optimizer: str = "adamw"  # adamw; muon: for all matrices but the embedding, adamw elsewhere
     batch: int = 8192  # rows per optimizer step after the ramp
     ramp: float = 0.6  # fraction of the budget in which the batch grows by sixteenths; 0: no ramp
     lr: float = 1e-3  # peak learning rate
@@ -92,7 +92,7 @@ class Settings:
     beta1: float = 0.9  # AdamW: decay of the mean of the gradients
     beta2: float = 0.98  # AdamW: decay of the mean of their squares
     eps: float = 1e-12  # AdamW: added to the square root of that mean
-    weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on norms
+    weight_decay: float = 0.01  # on matrices, embeddings and the position scale, not on vectors
     clip: float = 0.5  # largest norm of the gradient
 
     # Data
@@ -102,7 +102,7 @@ class Settings:
 
     seed: int = 0  # of the initial weights, the masks and the order of random passes
 
-    # Machine: changes speed and rounding. (Cards of two models draw other numbers from one seed.)
+    # Machine: changes speed and rounding. (Two types of card draw other numbers from one seed.)
     microbatch: int = 0  # rows per forward pass, on CUDA halved until it fits; 0: 512, on CPU 32
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # bf16, fp16, fp32; auto: on CUDA bf16 or, if slow, fp16; else fp32
@@ -113,7 +113,7 @@ class Settings:
 MODERN = {  # chosen in runs of two to ten minutes
     "model": "modernbert", "optimizer": "muon", "order": "random",
     "batch": 512, "ramp": 0.0, "lr": 2e-3, "lr_start": 0.0, "decay": 0.7,
-    "warmup": 0.03,  # in a short run over before the first step, as compilation counts
+    "warmup": 0.03,  # a short run has none: compilation takes longer, and counts
     "weight_decay": 0.5,  # at 0.05 the loss is the same, but the model fine-tunes badly
     "clip": 1.0, "mask_rate": 0.3, "mask_replace": 1.0,
 }
@@ -180,7 +180,7 @@ class CrammedBERT(nn.Module):
         self.head = (nn.Sequential(nn.Linear(C, E, bias=False), nn.GELU(), norm(E))
                      if modernbert or E != C else nn.Identity())
         if s.objective == "rtd":
-            self.score = nn.Parameter(torch.empty(C))
+            self.score = nn.Parameter(torch.empty(C))  # a vector, so neither Muon nor weight decay
             self.score_bias = nn.Parameter(torch.empty(1))
         self.init_weights()
 
@@ -231,7 +231,7 @@ class CrammedBERT(nn.Module):
 
     def forward(self, ids, where, targets, uniform=None):
         """Inputs (B, T), indices (B, M) of the targets, targets (B, M) -> (1,): mean cross-entropy
-        in nats. (`Electra` needs uniform, and returns several means.)
+        in nats. (`Electra` returns several means; it needs uniform, which is ignored here.)
 
         Decoding only the targets is 6 % of the work of `crammed`; all positions would be 20 %.
         """
@@ -269,10 +269,14 @@ class Block(nn.Module):
     def forward(self, x, attention_mask, rope, where=None):
         y = self.attention(self.norm1(x), attention_mask, rope)
         if where is not None:  # in the last block: the other states are no longer needed
-            index = where[:, :, None].expand(-1, -1, x.shape[2])
-            x, y = x.gather(1, index), y.gather(1, index)  # (B, M, C)
+            x, y = take(x, where), take(y, where)
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.norm2(x)))
+
+
+def take(x, where):
+    """The states (B, M, C) of x (B, T, C) at the indices where (B, M)."""
+    return x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Attention(nn.Module):
@@ -359,7 +363,7 @@ class Electra(nn.Module):
 
     def forward(self, ids, where, targets, uniform):
         """What `mask_tokens` returns -> (6,): the loss to minimise; its parts, which are means in
-        nats; the fractions of all tokens that were found to be replaced, and that were replaced."""
+        nats; the fractions of all tokens that were replaced and noticed, and that were replaced."""
         guesses = self.generator.decode(self.generator.encode(ids, where=where))
         generator_loss = F.cross_entropy(guesses.flatten(0, 1), targets.flatten())
 
@@ -372,8 +376,7 @@ class Electra(nn.Module):
         logits = model.replaced_logits(x)
         rtd_loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
-        x = x.gather(1, where[:, :, None].expand(-1, -1, x.shape[2]))  # (B, M, C)
-        corrected = F.linear(x, model.embed.weight)
+        corrected = F.linear(take(x, where), model.embed.weight)
         correction_loss = F.cross_entropy(corrected.flatten(0, 1), targets.flatten())
 
         loss = generator_loss + self.rtd_weight * rtd_loss + correction_loss
@@ -383,8 +386,8 @@ class Electra(nn.Module):
             found.float().mean(), labels.float().mean()])
 
     def flops_per_token(self, decoded):
-        return sum(network.flops_per_token(decoded)
-                   for network in (self.generator, self.discriminator))
+        return (self.generator.flops_per_token(decoded)
+                + self.discriminator.flops_per_token(decoded))
 
 
 @torch.no_grad()
@@ -407,7 +410,7 @@ def build_model(s, vocab_size, seq_len):
 # --------------------------------------------------------------------------------------- 3. Recipe
 
 
-def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
+def mask_tokens(rows, mask_rate, mask_replace, vocab_size, rng):
     """Choose the tokens to predict, equally many in every row, which keeps shapes static: with the
     paper's settings 32 of 128, of which 26 become <mask>, 3 a random token, and 3 stay (BERT's
     80/10/10). All rows of a step are drawn at once, so that masks do not depend on the microbatch.
@@ -419,7 +422,7 @@ def mask_tokens(rows, mask_rate, mask_replace, vocab_size, generator):
     M = max(1, round(mask_rate * T))
     n_mask = round(mask_replace * M)
     n_random = (M - n_mask) // 2
-    draw = {"device": rows.device, "generator": generator}
+    draw = {"device": rows.device, "generator": rng}
 
     noise = torch.rand(B, T, **draw)
     where = noise.topk(M, dim=1).indices  # in random order, as are the first n_mask
@@ -565,7 +568,7 @@ def row_numbers(position, count, n_rows, s):
     sentences first); later passes, and all with --order random, are random permutations.
     """
     passes, numbers = np.divmod(np.arange(position, position + count), n_rows)
-    file_passes = 1 if s.order == "file" else 0
+    file_passes = int(s.order == "file")
     for n in range(max(file_passes, passes[0]), passes[-1] + 1):
         here = passes == n
         numbers[here] = permutation(n_rows, s.seed, n - file_passes)[numbers[here]]
@@ -573,16 +576,16 @@ def row_numbers(position, count, n_rows, s):
 
 
 @functools.lru_cache(2)  # 8 bytes a row each; two, because a batch may span two passes
-def permutation(n_rows, seed, number):
-    return default_rng((seed, number)).permutation(n_rows)
+def permutation(n_rows, seed, pass_number):
+    return default_rng((seed, pass_number)).permutation(n_rows)
 
 
 def next_position(position, batch, rows_left, n_rows, s):
     """Where the next batch begins.
 
     If the budget takes fewer rows (rows_left, this batch included) than the file still has, each
-    batch leaves a gap, so that a short run sees the whole curriculum. Of the last fifth it reads up
-    to a tenth less: the last whole batch ends before the file, and the pace is an estimate.
+    batch leaves a gap, so that a short run sees the whole curriculum. The last batch ends before
+    the file does, so of the last fifth up to a tenth less is read.
     """
     if s.order == "random" or position >= n_rows:
         return position + batch
@@ -652,14 +655,14 @@ def train(s, saved):
     warnings.filterwarnings("ignore", r"\s*Online softmax")  # from the compiler; harmless
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    mask_generator = torch.Generator(device)
+    mask_rng = torch.Generator(device)
 
     def forward_backward(rows, microbatch):
         """Forward and backward of this process's share of rows (B, T). Gradients (in p.grad) and
         metrics (returned) are weighted so that all_sum gives their means over all B rows."""
-        mask_generator.manual_seed(mask_seed(s.seed, state.step))
+        mask_rng.manual_seed(mask_seed(s.seed, state.step))
         ids = rows.to(device, non_blocking=True).long()
-        inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_generator)
+        inputs = mask_tokens(ids, s.mask_rate, s.mask_replace, data.vocab_size, mask_rng)
         total = 0.0
         for micro in zip(*(my_rows(x).split(microbatch) for x in inputs)):
             with autocast:
@@ -681,7 +684,7 @@ def train(s, saved):
 
     if saved:
         restore(saved, s, data, model, optimizers, scaler)
-        say(f"resuming after step {state.step:,}, at {clock.elapsed() / 3600:.2f} h")
+        say(f"resuming after step {state.step:,}")
 
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
@@ -698,7 +701,7 @@ def train(s, saved):
     reader = ThreadPoolExecutor(1)
     fetched = reader.submit(data.read, state.position, s, on_card)
     save_last = functools.partial(save_run, s, data, state, model, optimizers, scaler)
-    skipped_in_a_row, saved_at = 0, time.monotonic()
+    first_step, skipped_in_a_row, saved_at = state.step, 0, time.monotonic()
     stop = Stop()  # before this there is nothing to save, and Ctrl-C just leaves
     clock.lap("start")
 
@@ -711,7 +714,7 @@ def train(s, saved):
         # 2. The fraction of the budget that is spent decides batch, learning rate, and the end
         progress = progress_at(elapsed, state.step, s)
         batch, lr = batch_at(progress, s), lr_at(progress, s)
-        too_late = not s.steps and elapsed + batch * s_per_row > budget_s  # at this step's end
+        too_late = not s.steps and elapsed + batch * s_per_row > budget_s
         if stopping or progress >= 1 or too_late:
             break
 
@@ -772,16 +775,17 @@ def train(s, saved):
     if not state.step:
         raise CramError("the budget was over before the first step")
 
-    # ckpt.pt first: if the disk holds only one more file, it should be the model. A resume with a
-    # larger budget cuts this last line off again, as `log_bytes` does not count it.
+    # A resume with a larger budget cuts this line off, as `log_bytes` does not count it
     result = log.write(elapsed, progress, validate(model, autocast, val_set, microbatch))
     if not math.isfinite(result["val_loss"]):
         raise CramError(f"the validation loss is {DIVERGED}")
+    # Before last.pt: if the disk holds only one more file, it should be the model
     save_atomic(out / "ckpt.pt", {
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
         "tokenizer": data.tokenizer_json, "result": result,
         **{name: network.state_dict() for name, network in networks_of(model).items()}})
-    save_last()
+    if state.step > first_step:  # or a resume of a finished run would use up budget
+        save_last()
     print_summary(s, data, model, state, result, device, peak_flops)
     return stop.asked  # after the last step: all is done, and a shell's loop goes no further
 
@@ -831,8 +835,8 @@ def find_device(name, precision):
         precision = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((1e12 * tflops * WORLD_SIZE for name, tflops in PEAK_TFLOPS.items()
-                 if re.search(rf"\b{name}\b", card) and dtype != torch.float32), None)
+    peak = next((1e12 * tflops * WORLD_SIZE for key, tflops in PEAK_TFLOPS.items()
+                 if re.search(rf"\b{key}\b", card) and dtype != torch.float32), None)
     return device, dtype, peak
 
 
@@ -1090,7 +1094,7 @@ def restore(saved, s, data, model, optimizers, scaler):
         optimizer.load_state_dict(moments)
     if saved["scaler"]:  # empty if the run had another precision
         scaler.load_state_dict(saved["scaler"])
-    saved.clear()  # 1.4 GB
+    saved.clear()  # frees 1.4 GB
 
 
 def save_atomic(path, content):
@@ -1269,10 +1273,11 @@ def check(s):
     rules = [
         ("hours layers width heads generator_layers generator_width batch lr clip", "above 0",
          lambda x: 0 < x < math.inf),
-        ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "0 or more",
-         lambda x: x >= 0),
-        ("ramp lr_start warmup decay beta1 beta2 mask_rate mask_replace", "from 0 to 1",
-         lambda x: 0 <= x <= 1)]
+        ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "from 0 to 2**63",
+         lambda x: 0 <= x < 2**63),
+        ("ramp lr_start warmup decay mask_rate mask_replace", "from 0 to 1",
+         lambda x: 0 <= x <= 1),
+        ("beta1 beta2", "from 0 to below 1", lambda x: 0 <= x < 1)]
     for names, what, holds in rules:
         for name in names.split():
             value = getattr(s, name)
@@ -1322,7 +1327,8 @@ def parse_arguments():
     mode.add_argument("--resume", action="store_true",
                       help="continue the run in --out where it stopped, with its settings")
     mode.add_argument("--fill", metavar="TEXT", help="print the model's best guesses for each "
-                      "<mask> in TEXT, on the CPU unless --device is given, then exit")
+                      "<mask> in TEXT, or with rtd the probability of each word to be replaced; on "
+                      "the CPU unless --device is given")
     mode.add_argument("--export", metavar="DIR", help="write the finished model for Hugging Face "
                       "transformers into the new folder DIR, then exit")
     return vars(parser.parse_args())

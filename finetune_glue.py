@@ -1,7 +1,7 @@
 """Fine-tune a crammed BERT on GLUE and score it.
 
     python finetune_glue.py --task cola               # out/ckpt.pt -> out/glue.json
-    python finetune_glue.py --task all --trials 5     # the eight tasks, and their mean
+    python finetune_glue.py --task all --trials 5     # the eight tasks, and the mean of nine scores
     python finetune_glue.py --task all --test         # also the files that the GLUE server takes
     python finetune_glue.py --task cola --scratch     # control: the same network, not pretrained
 
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     columns: tuple  # with text: one sentence or a pair
     labels: tuple  # names of labels 0, 1, ...; empty: numbers, a regression
     metric: str  # one of METRICS
-    train_rows: int | None = None  # the official number; with any other the table says "subset"
+    train_rows: int | None = None  # official; with others a "subset". None: not in --task all
     test: dict = {}  # split -> name of the file for the GLUE server
     validation: tuple = ("validation",)  # splits
 
@@ -314,7 +314,7 @@ class Trial:
 
     def record_graphs(self):
         """Record step(T) as a CUDA graph for each length T of the trial."""
-        # Compiled code rounds differently, so whether to compile must depend on the task alone
+        # Compiled code rounds differently: if this depended on more than the task, so would scores
         if can_compile(self.device) and len(self.train.ids) >= COMPILE_ROWS:
             # Blocks and trials share a compiled version per length, four at most; modernbert has
             # twice as many, as its first block has no norm: eight, torch.compile's recompile_limit.
@@ -547,7 +547,8 @@ def main():
     hashes = [data_hash for _, data_hash in data.values()]
     print_table([result for result in update_results(path)  # also those of earlier commands
                  if common.items() <= result.items() and result["data"] in hashes])
-    print(f"written to {path}" + (f" and {test_folder}" if args.test else ""))
+    has_test = args.test and any(TASKS[name].test for name in data)
+    print(f"written to {path}" + (f" and {test_folder}" if has_test else ""))
 
 
 if __name__ == "__main__":

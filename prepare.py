@@ -349,7 +349,7 @@ def tokenize(texts):
             ids.append(np.array(encoding.ids, np.uint16))  # as ints in a list, 20 times the memory
         ids.append(np.array([SEP], np.uint16))
         normal = " ".join(normal)
-        # The space was there in earlier versions; without it other documents would be held out
+        # The space is an earlier version's; without it other documents would be held out
         digest = hashlib.blake2b(f"{normal} ".encode(), digest_size=8).digest()
         results.append((np.concatenate(ids), len(normal), int.from_bytes(digest, "little")))
     return results
@@ -447,7 +447,7 @@ class Packer:
         self.slots[slot] = digest
         self.hashes.write(digest.to_bytes(8, "little"))
 
-        if counts["val_tokens"] < self.seq_len:  # val.bin gets a row, however small the text
+        if counts["val_tokens"] < self.seq_len:  # val.bin gets a row first, however small the text
             n_val = self.seq_len - counts["val_tokens"]
         else:  # by hash, so that undetected copies go to the same side
             n_val = 0 if digest % VAL_EVERY else len(ids)

@@ -1034,7 +1034,9 @@ def test_a_finished_run_resumed(train, finished):
     out = shutil.copytree(finished("crammed"), train.folder / "out")
     saved, log = read_run(out)
     (out / "ckpt.pt").unlink()
-    assert_same_run(train(resume=True), (saved, log))
+    again = train(resume=True)
+    assert_same_run(again, (saved, log))
+    assert again[0]["state"]["seconds"] == saved["state"]["seconds"]  # its start is not counted
     result = torch.load(out / "ckpt.pt", weights_only=True)["result"]
     assert untimed(result) == untimed(log[-1])
     assert result["elapsed_s"] - log[-1]["elapsed_s"] < 5  # validation and saving are not counted
