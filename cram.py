@@ -769,7 +769,9 @@ def train(s, saved):
 
     reader.shutdown(cancel_futures=True)
     if stopping:
-        save_last()
+        if not save_last():
+            raise CramError(f"stopped after step {state.step:,}, which could not be saved: "
+                            "--resume goes on from an older last.pt, if there is one")
         say(f"stopped after step {state.step:,}; continue with --resume")
         return int(stopping)
     if not state.step:
@@ -1070,8 +1072,8 @@ def validate(model, autocast, val_set, rows_at_once):
 
 
 def save_run(s, data, state, model, optimizers, scaler):
-    """Write last.pt, all that a resume needs. A full disk ends no run. Weights that are not finite
-    end it, and do not replace last.pt."""
+    """Write last.pt, all that a resume needs. False if it cannot be written: a full disk ends no
+    run. Weights that are not finite end it, and do not replace last.pt."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise CramError(f"the weights are {DIVERGED}")
     try:
@@ -1081,6 +1083,8 @@ def save_run(s, data, state, model, optimizers, scaler):
             "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     except OSError as error:
         say(f"{error} last.pt stays as it was")
+        return False
+    return True
 
 
 def restore(saved, s, data, model, optimizers, scaler):
@@ -1205,13 +1209,15 @@ def fill(path, text, device):
 
 @torch.no_grad()
 def export(path, folder):
-    """Write a finished model as a new folder that Hugging Face transformers loads as ModernBERT.
-    Raises CramError if it is not of that architecture."""
+    """Write a finished model as a folder that Hugging Face transformers loads as ModernBERT.
+    Raises CramError if it is not of that architecture, or the folder is not empty."""
     model, tokenizer = load_checkpoint(path)
     if not model.modernbert:
         raise CramError(f"{path} has the paper's architecture, for which transformers has no class "
                         "(sinusoid positions): only --model modernbert can be exported")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise CramError(f"{folder} is not empty: give --export a new folder")
 
     joined = {"model.embeddings.tok_embeddings": [model.embed], "head.dense": [model.head[0]],
               "model.embeddings.norm": [model.embed_norm], "model.final_norm": [model.final_norm],
@@ -1271,9 +1277,9 @@ CHOICES = {"recipe": RECIPES, "model": ("crammed", "modernbert"), "objective": (
 def check(s):
     """Raise CramError for numbers that cannot work; argparse knows the CHOICES."""
     rules = [
-        ("hours layers width heads generator_layers generator_width batch lr clip", "above 0",
+        ("hours layers width heads generator_layers generator_width batch lr eps clip", "above 0",
          lambda x: 0 < x < math.inf),
-        ("steps microbatch weight_decay rtd_weight eps save_minutes seed", "from 0 to 2**63",
+        ("steps microbatch weight_decay rtd_weight save_minutes seed", "from 0 to 2**63",
          lambda x: 0 <= x < 2**63),
         ("ramp lr_start warmup decay mask_rate mask_replace", "from 0 to 1",
          lambda x: 0 <= x <= 1),

@@ -40,7 +40,7 @@ from cram import CLS, PAD, SEP, CramError, can_compile, find_device, load_checkp
 
 class Task(NamedTuple):
     columns: tuple  # with text: one sentence or a pair
-    labels: tuple  # names of labels 0, 1, ...; empty: numbers, a regression
+    labels: tuple  # names of labels 0, 1, ...; empty: regression on 0 to 5
     metric: str  # one of METRICS
     train_rows: int | None = None  # official; with others a "subset". None: not in --task all
     test: dict = {}  # split -> name of the file for the GLUE server
@@ -139,14 +139,17 @@ def read_split(name, split, folder):
     if not rows:
         raise CramError(f"{where} has no rows")
     task, classes = TASKS[name], len(TASKS[name].labels)
-    for number, row in enumerate(rows, 1):
+    for i, row in enumerate(rows):
         good = isinstance(row, dict) and all(isinstance(row.get(c), str) for c in task.columns)
-        if good and split not in task.test:
-            label = row.get("label")
-            good = label in range(classes) if classes else isinstance(label, (int, float))
+        if split in task.test:
+            good, needs = good and row.get("idx", i) == i, "idx counting from 0 for the GLUE server"
+        elif classes:
+            good, needs = good and row.get("label") in range(classes), f"a label below {classes}"
+        else:
+            label = row.get("label") if good else None
+            good, needs = isinstance(label, (int, float)) and 0 <= label <= 5, "a label from 0 to 5"
         if not good:
-            needs = f"a label from 0 to {classes - 1}" if classes else "a number as label"
-            raise CramError(f"{where}, row {number}, needs {' and '.join(task.columns)} as text, "
+            raise CramError(f"{where}, row {i + 1}, needs {' and '.join(task.columns)} as text, "
                             f"{needs}: {json.dumps(row)[:300]}")
     return rows
 
@@ -413,14 +416,13 @@ def update_results(path, key=None, scores=None):
 
 
 def write_test_files(folder, trial, splits):
-    """Write predictions of the test splits in the GLUE server's format, numbered as the rows are
-    read: the official files have them in the order of their idx."""
+    """Write predictions of the test splits in the GLUE server's format."""
     labels = trial.task.labels
     files = {"AX": ["entailment"] * 1104, "WNLI": ["0"] * 146}  # the server wants these as well
     for split, file in trial.task.test.items():
         predicted = trial.predict(splits[split])
         files[file] = ([labels[i] for i in predicted] if labels
-                       else [f"{x:.3f}" for x in predicted.clip(0, 5)])  # STS-B's range
+                       else [f"{x:.3f}" for x in predicted.clip(0, 5)])
     folder.mkdir(exist_ok=True)
     for file, lines in files.items():
         rows = "".join(f"{i}\t{line}\n" for i, line in enumerate(lines))

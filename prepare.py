@@ -208,8 +208,9 @@ def read_file(path):
         with open_file(path, "rb") as raw:
             yield from READERS[kind(path)](unpack(raw) if unpack else raw, path)
     except Exception as error:  # each library has its own types for damage; none sets errno
-        if path.startswith("hf://") or getattr(error, "errno", None):
-            raise  # a fault of the network or the disk
+        if (path.startswith("hf://") or getattr(error, "errno", None)
+                or isinstance(error, (ImportError, MemoryError))):
+            raise  # a fault of the network, the disk or the machine
         yield None, f"{path}: nothing can be read from here on ({error!r:.120})"
 
 

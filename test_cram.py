@@ -1129,6 +1129,7 @@ def test_a_full_disk(train, finished):
     whole = lines.read_bytes()
     train(resume=True, largest_file=len(whole) + 100, refused="is the disk full?")
     assert "log.jsonl: no space left" in train.printed and lines.read_bytes() == whole
+    train(resume=True, stop_after=1, largest_file=1000, refused="could not be saved")
 
     saved, log = train(
         resume=True, save_minutes=1e-9, largest_file=last.stat().st_size * 2 // 3)
@@ -1437,7 +1438,10 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
     (COLA, "train.jsonl, after 0 rows", {"glue/cola/train.jsonl": '{"sentence": '}),
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": "[3]"}),
     (COLA, "row 1, needs sentence as text", {"glue/cola/train.jsonl": '{"sentence": 3}'}),
-    (COLA, "from 0 to 1", {"glue/cola/train.jsonl": '{"sentence": "x", "label": 0.5}'}),
+    (COLA, "a label below 2", {"glue/cola/train.jsonl": '{"sentence": "x", "label": 0.5}'}),
+    ("finetune_glue --task stsb", "a label from 0 to 5", {
+        "glue/stsb/train.jsonl": '{"sentence1": "x", "sentence2": "y", "label": NaN}'}),
+    (COLA, "idx counting from 0", {"glue/cola/test.jsonl": '{"sentence": "x", "idx": 1}'}),
     (COLA, "test.jsonl has no rows", {"glue/cola/test.jsonl": ""}),
     (COLA, "glue.json is not a results file", {"out/glue.json": '{"runs": 3}'}),
 ])
