@@ -1447,9 +1447,10 @@ FILL, COLA = "cram --out out --fill <mask>", "finetune_glue --task cola"
 ])
 def test_bad_input_is_refused(data, glue, tmp_path, monkeypatch, line, words, damage):
     """A wrong command, or a right one where files are damaged, says so and leaves nothing behind.
-    It runs in a folder with rows/, short.jsonl and what `glue` makes: out/ckpt.pt, glue/cola/."""
+    It runs in a folder with rows/, short.jsonl and what `glue` makes: out/ckpt.pt, glue/..."""
     monkeypatch.chdir(tmp_path)
     glue.write("cola")
+    glue.write("stsb")
     shutil.copytree(data, "rows")
     write_jsonl(Path("short.jsonl"), ["too short"])
     for file, content in damage.items():
