@@ -689,8 +689,6 @@ def train(s, saved):
     print_header(data, model, device, dtype, use_compile, microbatch)
     progress = progress_at(all_max(clock.elapsed())[0], state.step, s)
     log = Log(s, data, model, state, progress, peak_flops)
-    if state.step and progress >= 1:
-        say("this budget is spent: no step is taken, and the model is written as it stands")
 
     # Rows that the budget still takes: with --steps counted, with --hours estimated in every step
     rows_left = math.inf
@@ -786,8 +784,10 @@ def train(s, saved):
         "settings": asdict(s), "vocab_size": data.vocab_size, "seq_len": data.seq_len,
         "tokenizer": data.tokenizer_json, "result": result,
         **{name: network.state_dict() for name, network in networks_of(model).items()}})
-    if state.step > first_step:  # or a resume of a finished run would use up budget
+    if state.step > first_step:
         save_last()
+    else:  # last.pt stays, or each such resume would use up budget by its start
+        say("no step fits in what is left of the budget: the model is written as it stands")
     print_summary(s, data, model, state, result, device, peak_flops)
     return stop.asked  # after the last step: all is done, and a shell's loop goes no further
 

@@ -436,8 +436,10 @@ def print_table(results):
     medians = {}
     for name, task in TASKS.items():
         trials = [result for result in results if result["task"] == name]
-        for split in task.validation if trials else ():
-            subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
+        if not trials:
+            continue
+        subset = "" if task.train_rows in (None, trials[0]["rows"]) else "  subset"
+        for split in task.validation:
             row = name + split.removeprefix("validation").replace("_", "-")
             scores = [trial["scores"][split] for trial in trials]
             medians[row] = np.median(scores)

@@ -552,6 +552,21 @@ def hub(tmp_path):
     return hub
 
 
+def test_after_a_fault_in_the_middle_of_a_file_nothing_is_read_twice(monkeypatch):
+    faults = [OSError("reset"), OSError("reset")]
+
+    def read_file(path):
+        yield from ((f"{path} {i}", None) for i in range(3))
+        if path == "hf://b" and faults:
+            raise faults.pop()
+        yield f"{path} 3", None
+
+    monkeypatch.setattr(prepare, "read_file", read_file)
+    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0)
+    texts = [text for text, *_ in prepare.documents(["hf://a", "hf://b", "hf://c"])]
+    assert texts == [f"hf://{file} {i}" for file in "abc" for i in range(4)] and not faults
+
+
 @slow
 def test_the_default_command_reads_c4_over_an_unreliable_network(hub, tmp_path):
     def prepare_c4(out, code=0, **constants):
@@ -915,7 +930,7 @@ def test_the_clock_ends_a_run_before_its_deadline(train):
     short = shutil.copytree(train.folder / "out", train.folder / "short")
     saved, log = train("short", resume=True, minutes=0.2, step_s=lambda n: 1.1)
     assert saved["state"]["step"] == 10 and log[-1]["elapsed_s"] == pytest.approx(11)
-    assert (short / "ckpt.pt").exists() and "budget is spent" not in train.printed
+    assert (short / "ckpt.pt").exists() and "no step fits" in train.printed
 
     saved, log = train(resume=True, step_s=lambda n: 1.1)
     s = cram.Settings(**saved["settings"])
@@ -1044,7 +1059,7 @@ def test_a_finished_run_resumed(train, finished):
     train(resume=True, steps=60, stop_after=9)
     assert "another budget" in train.printed
     _, log = train(resume=True, minutes=1e-4)  # six milliseconds
-    assert "this budget is spent: no step is taken" in train.printed
+    assert "no step fits" in train.printed
     steps = [line["step"] for line in log]
     assert steps == sorted(set(steps)) and steps[-1] == 49
 
